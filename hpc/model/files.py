@@ -1,0 +1,25 @@
+"""Finding a model's files, one at a time. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class FileResolver:
+    """Finds a model's files in a folder, or (downloading just that file) on the hub."""
+
+    def __init__(self, name_or_path: str) -> None:
+        self.name_or_path = name_or_path
+        self._folder = Path(name_or_path) if Path(name_or_path).is_dir() else None
+
+    def __str__(self) -> str:
+        return f"the model {self.name_or_path}"
+
+    def __call__(self, filename: str) -> Path | None:
+        if self._folder is not None:
+            path = self._folder / filename
+            return path if path.is_file() else None
+        from transformers.utils import cached_file
+
+        found = cached_file(self.name_or_path, filename, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found else None

@@ -1,0 +1,82 @@
+"""From a model's name to its files: the embedded model, the random tiny one, a folder, or a hub name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hpc.config import ModelConfig
+from hpc.errors import ModelError
+from hpc.model.cut import Cut
+from hpc.model.files import FileResolver
+
+
+def resolve(model: ModelConfig) -> FileResolver:
+    """Where the model's files are; the built-in models are written into the cache folder first.
+
+    Raises `ModelError` for a folder without a model, and for a hub name that cannot be fetched.
+    """
+    if model.name_or_path == "smollm2-135m":
+        from hpc.model.smollm2 import smollm2_folder
+
+        return FileResolver(str(smollm2_folder()))
+    if model.name_or_path == "tiny-llama":
+        from hpc.model.tiny import tiny_llama_folder
+
+        return FileResolver(str(tiny_llama_folder(seed=model.init_seed)))
+    return FileResolver(model.name_or_path)
+
+
+def read_config(resolver: FileResolver) -> dict[str, Any]:
+    """The model's config.json. Raises `ModelError` that says what was looked for and where."""
+    try:
+        path = resolver("config.json")
+    except Exception as error:  # the hub client's own tree of network and name errors
+        raise ModelError(
+            f"{resolver} is neither a folder nor reachable on the hub ({type(error).__name__}); "
+            "give a folder with config.json, or one of smollm2-135m, tiny-llama"
+        ) from None
+    if path is None:
+        looks_local = Path(resolver.name_or_path).exists() or resolver.name_or_path.startswith((".", "/", "~"))
+        place = "has no config.json in it" if looks_local else "is neither a folder here nor a model on the hub"
+        raise ModelError(
+            f"{resolver} {place}; give a folder with config.json, a hub name, or one of smollm2-135m, tiny-llama"
+        )
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"config.json of {resolver} is not JSON ({error}); fetch it again") from None
+    if "num_hidden_layers" not in config:
+        raise ModelError(f"config.json of {resolver} has no num_hidden_layers: not a decoder that can be cut")
+    return config
+
+
+def cut_of(model: ModelConfig, raw_config: dict[str, Any]) -> Cut:
+    """The cut that the configuration asks for. Raises `ConfigError` if it leaves no trunk."""
+    return Cut(
+        blocks=int(raw_config["num_hidden_layers"]), head_blocks=model.head_blocks, tail_blocks=model.tail_blocks
+    )
+
+
+def load_hf_config(resolver: FileResolver) -> Any:
+    """The `PretrainedConfig`, never running code from the model's folder."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(resolver.name_or_path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(f"{resolver} is not a model that transformers knows: {first_line}") from None
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def load_tokenizer(resolver: FileResolver) -> Any:
+    """The model's tokenizer (fast)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolver.name_or_path, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{resolver} has no tokenizer: {str(error).strip().splitlines()[0]}") from None

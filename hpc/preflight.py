@@ -1,0 +1,51 @@
+"""Checks that need a file: all before any work starts, each with one message that says what to change.
+
+No torch here: a refusal takes a second, not ten.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hpc.config import Config
+from hpc.errors import ConfigError
+from hpc.model.source import cut_of, read_config, resolve
+from hpc.trunk_config import read_deepspeed_json, zero_stage
+
+
+def check(config: Config) -> None:
+    """Raise a `BadInput` error for the first thing that would stop the run."""
+    check_output(config.run.folder)
+    raw_config = read_config(resolve(config.model))
+    cut_of(config.model, raw_config)
+    _check_tied(config, bool(raw_config.get("tie_word_embeddings", False)))
+    stage = zero_stage(read_deepspeed_json(config.trunk.deepspeed))
+    if stage == 3 and "trunk" not in config.adapter.parts:
+        raise ConfigError(
+            f"--trunk.deepspeed {config.trunk.deepspeed} asks for ZeRO stage 3, but --adapter.parts leaves nothing "
+            "to train in the trunk; use a lower stage, or let the trunk learn"
+        )
+
+
+def check_output(folder: str | None) -> None:
+    """Raise `ConfigError` if the folder holds a finished run, or cannot be written."""
+    if folder is None:
+        return
+    path = Path(folder)
+    if (path / "summary.json").exists():
+        raise ConfigError(f"{folder} holds a finished run; choose another --run.name or --run.output_dir, or remove it")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--run.output_dir {folder} is a file; give a folder")
+    nearest = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--run.output_dir {folder} cannot be written: no permission in {nearest}")
+
+
+def _check_tied(config: Config, tied: bool) -> None:
+    parts = config.adapter.parts
+    if tied and config.adapter.method == "full" and ("head" in parts) != ("tail" in parts):
+        raise ConfigError(
+            f"--adapter.parts {parts}: this model ties its LM head to its embedding, one tensor on one client; "
+            "with --adapter.method full train both head and tail, or neither"
+        )

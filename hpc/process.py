@@ -1,0 +1,35 @@
+"""What every role's process sets up first: threads, device, quiet."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+import torch
+
+from hpc.config import Config
+from hpc.topology import Place
+
+
+def prepare_process(config: Config, place: Place) -> None:
+    """Threads, device, and quiet: only trunk rank 0 talks unless something is wrong."""
+    torch.set_num_threads(config.run.threads or len(os.sched_getaffinity(0)))
+    os.environ.setdefault("LOCAL_RANK", str(place.world.local_rank))
+    if device_of(config, place).type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        torch.cuda.set_device(device_of(config, place))
+    logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s {place.name}: %(message)s", stream=sys.stderr)
+    for name in ("deepspeed", "DeepSpeed", "transformers", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def device_of(config: Config, place: Place) -> torch.device:
+    """The GPU of this rank where there is one (shared if there are fewer than ranks), else the CPU."""
+    wanted = config.run.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", place.world.local_rank % max(1, torch.cuda.device_count()))

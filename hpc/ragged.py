@@ -1,0 +1,28 @@
+"""Rows of different lengths: packed on the wire, right-padded in the model.
+
+Shape suffixes: B rows, T longest row, S all tokens together, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def pack(padded_BTD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Valid tokens only, row after row: `_SD`. No copy if no row is padded."""
+    if all(length == padded_BTD.shape[1] for length in lengths):
+        return padded_BTD.reshape(-1, padded_BTD.shape[-1])
+    return torch.cat([row_TD[:length] for row_TD, length in zip(padded_BTD, lengths, strict=True)])
+
+
+def pad(packed_SD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """The inverse of `pack`, up to the values of padding, which become 0. No copy if all rows are as long."""
+    longest = max(lengths)
+    if all(length == longest for length in lengths):
+        return packed_SD.reshape(len(lengths), longest, packed_SD.shape[-1])
+    padded_BTD = packed_SD.new_zeros(len(lengths), longest, packed_SD.shape[-1])
+    for row_TD, rows_TD in zip(padded_BTD, packed_SD.split(list(lengths)), strict=True):
+        row_TD[: rows_TD.shape[0]] = rows_TD
+    return padded_BTD

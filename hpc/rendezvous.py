@@ -1,0 +1,135 @@
+"""How the processes of a run find each other: one TCP store, one link a client, one group of trunk ranks."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hpc.config import Config
+from hpc.errors import PeerLost, TopologyError
+from hpc.launcher import STORE_FD
+from hpc.link.gloo import CLIENT, SERVER, connect_gloo
+from hpc.link.transport import Transport, choose_transport
+from hpc.process import device_of
+from hpc.topology import Place
+
+FOLDER_KEY, RUN_KEY = "run/folder", "run/id"
+
+
+class Rendezvous:
+    """This process's connection to the store and to its peers."""
+
+    def __init__(self, place: Place, config: Config) -> None:
+        self.place, self.config = place, config
+        self.transport_name = choose_transport(
+            config.link.transport,
+            under_mpi=place.world.launcher == "mpi",
+            distinct_gpus=torch.cuda.is_available() and torch.cuda.device_count() >= place.world.world_size,
+        )
+        self.store = self._open_store()
+        if self.transport_name == "mpi":
+            from hpc.link.mpi import link_communicator
+
+            self._communicator = link_communicator()
+
+    def _open_store(self) -> dist.Store:
+        world, timeout = self.place.world, timedelta(seconds=self.config.link.timeout_s)
+        port = self.config.link.port if self.config.link.port and world.launcher != "env" else world.master_port
+        hosts = self.place.name == "trunk-0" and not world.agent_hosts_store
+        address = world.master_addr
+        if world.launcher == "mpi" and "MASTER_PORT" not in os.environ:
+            address, port = _agree_over_mpi(port if self.config.link.port else 0)
+        listener = int(os.environ[STORE_FD]) if hosts and STORE_FD in os.environ else None
+        try:
+            return dist.TCPStore(
+                address, port, is_master=hosts, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
+            )
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            if hosts:
+                raise TopologyError(f"port {port} is taken; give another --link.port ({_first(error)})") from None
+            raise PeerLost(
+                f"nobody answers at {address}:{port} after {self.config.link.timeout_s:g} s: is trunk rank 0 running?"
+            ) from None
+
+    def link(self, client_id: int) -> Transport:
+        """The two-ended transport between a client and its trunk rank."""
+        trunk_side = self.place.role == "trunk"
+        timeout_s = self.config.link.timeout_s
+        peer = f"client {client_id}" if trunk_side else f"trunk rank {client_id % self.config.trunk.ranks}"
+        if self.transport_name == "mpi":
+            from hpc.link.mpi import MpiTransport
+
+            other = self.config.trunk.ranks + client_id if trunk_side else client_id % self.config.trunk.ranks
+            return MpiTransport(self._communicator, other=other, peer=peer)
+        rank = SERVER if trunk_side else CLIENT
+        if self.transport_name == "nccl":
+            from hpc.link.nccl import connect_nccl
+
+            return connect_nccl(
+                self.store,
+                client_id=client_id,
+                rank=rank,
+                device=device_of(self.config, self.place),
+                timeout_s=timeout_s,
+                peer=peer,
+            )
+        return connect_gloo(self.store, client_id=client_id, rank=rank, timeout_s=timeout_s, peer=peer)
+
+    def open_trunk_group(self, device: torch.device) -> None:
+        """The default process group: trunk ranks only, since DeepSpeed takes it for its whole world."""
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("trunk", self.store),
+            rank=self.place.index,
+            world_size=self.config.trunk.ranks,
+            timeout=timedelta(seconds=self.config.link.timeout_s),
+        )
+
+    def output_folder(self) -> str:
+        """The run's folder: as configured, or the name that trunk rank 0 makes up and tells the others."""
+        configured = self.config.run.folder
+        if self.place.name == "trunk-0":
+            folder = configured or made_up_folder(self.config)
+            self.store.set(RUN_KEY, secrets.token_hex(16))
+            self.store.set(FOLDER_KEY, folder)
+            return folder
+        return configured or self.store.get(FOLDER_KEY).decode()
+
+    def run_id(self) -> str:
+        """A name that no other run has; clients bind their keys for each other to it."""
+        return str(self.store.get(RUN_KEY).decode())
+
+
+def made_up_folder(config: Config) -> str:
+    """results/runs/<date>-<time>-<schedule>, with a number behind it if that is taken."""
+    base = f"results/runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.train.schedule}"
+    folder, number = base, 2
+    while os.path.exists(folder):
+        folder, number = f"{base}-{number}", number + 1
+    return folder
+
+
+def _agree_over_mpi(port: int) -> tuple[str, int]:
+    from mpi4py import MPI
+
+    def free() -> int:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return int(probe.getsockname()[1])
+
+    comm = MPI.COMM_WORLD
+    mine = f"{socket.gethostname()} {port or free()}".encode().ljust(300) if comm.rank == 0 else bytes(300)
+    buffer = bytearray(mine)
+    comm.Bcast(buffer, root=0)  # the upper-case call: bytes, no pickle
+    host, number = buffer.decode().split()
+    return host, int(number)
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:120]

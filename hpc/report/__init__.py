@@ -1,0 +1,1 @@
+"""What a run tells: events, summary, tables, plots."""

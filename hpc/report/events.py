@@ -1,0 +1,231 @@
+"""Events of a run: one JSON object a line, each role in its own file.
+
+`<run folder>/roles/<role>/metrics.jsonl`, with roles named `trunk-0`, `client-1`, `baseline`, `centralised`. A client
+writes its loss into its own file and nowhere else: no loss crosses a link. Whoever reports reads the files where the
+folder is shared, and says "not known" where it is not.
+
+Steps count from 1; step 0 stands for "before training". All durations are seconds of wall time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+FILE_NAME = "metrics.jsonl"
+CLIENT_SECONDS = ("head", "tail", "seal", "open", "wire", "wait", "total")
+TRUNK_SECONDS = ("trunk", "seal", "open", "wire", "wait", "total")
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+Event = dict[str, Any]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Started:
+    """A role begins behind `step` (0: from scratch). What an earlier attempt wrote beyond it no longer counts."""
+
+    name: ClassVar[str] = "started"
+    step: int = 0
+
+
+@dataclass(kw_only=True, frozen=True)
+class ClientStep:
+    """What one client did in one step."""
+
+    name: ClassVar[str] = "step"
+    step: int
+    loss_sum: float
+    """Sum of the loss over this client's label tokens (nats)."""
+    label_tokens: int
+    tokens: int
+    """Tokens of the batch, prompt and answer, padding not counted."""
+    seconds: Mapping[str, float]
+    """Keys: CLIENT_SECONDS. `total` is the whole step without evaluation and checkpoints."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrunkStep:
+    """What one trunk rank did in one step."""
+
+    name: ClassVar[str] = "step"
+    step: int
+    seconds: Mapping[str, float]
+    """Keys: TRUNK_SECONDS. `total` is the whole step without evaluation and checkpoints."""
+    bytes: Mapping[str, int]
+    """`payload` (tensors) and `wire` (with headers and tags) over all its links, both directions."""
+    learning_rate: float
+    grad_norm: float
+    """Norm over all three parts before clipping."""
+    skipped: bool = False
+    """The gradient was not finite, so nobody stepped."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class WholeStep:
+    """A step of the uncut model: the role `centralised`, or `baseline` beside a split run."""
+
+    name: ClassVar[str] = "step"
+    step: int
+    loss_sum: float
+    label_tokens: int
+    tokens: int
+    seconds: Mapping[str, float]
+    """Key: `total`."""
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    skipped: bool = False
+
+
+@dataclass(kw_only=True, frozen=True)
+class Evaluation:
+    """Held-out examples of one client, after `step` steps."""
+
+    name: ClassVar[str] = "eval"
+    step: int
+    correct: int
+    total: int
+    client_id: int | None = None
+    """Needed only from the role `centralised`; a client's role says who it is."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class Ended:
+    """The last word of a role."""
+
+    name: ClassVar[str] = "summary"
+    peak_rss_mib: float
+    parameters: Mapping[str, Mapping[str, int]]
+    """Part (`head`, `trunk`, `tail`, `model`) → `owned` and `trainable`, numbers of values."""
+    keys_read: int
+    """Tensors read from the model's files."""
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    transport: str | None = None
+    """What `link.transport=auto` came to."""
+
+
+AnyEvent = Started | ClientStep | TrunkStep | WholeStep | Evaluation | Ended
+
+
+def encode(value: Any) -> Any:
+    """`value` fit for JSON: not-a-number and infinities, which JSON lacks, become "nan", "inf" and "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode`."""
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    return value
+
+
+class EventLog:
+    """Appends events to a role's file; every line is flushed, so a crash leaves whole lines."""
+
+    def __init__(self, path: str | Path, *, role: str | None = None) -> None:
+        """`role`: by default the name of the file's folder."""
+        self.path = Path(path)
+        self.role = role or self.path.parent.name
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_cut_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, event: AnyEvent) -> None:
+        self.note(event.name, **asdict(event))
+
+    def note(self, name: str, **fields: Any) -> None:
+        """An event without a class of its own, e.g. `note("peer_lost", step=7, client_id=1)`."""
+        line = {"event": name, "time": time.time(), "role": self.role, **fields}
+        self._file.write(json.dumps(encode(line), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _drop_cut_line(path: Path) -> None:
+    """A process that was killed may have left half a line; without this the next event would be glued to it."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+
+
+class Tail:
+    """Whole events that were added to a file since the last call; nothing while the file does not exist."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._offset = 0
+
+    def __call__(self) -> list[Event]:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [decode(json.loads(line)) for line in whole.splitlines() if line.strip()]
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """All whole events of a file, in the order written; a cut last line is left out."""
+    return Tail(path)()
+
+
+def current_attempt(events: Iterable[Event]) -> list[Event]:
+    """The events that count: what a `started` event supersedes is gone, and of a repeated step the last one stays."""
+    kept: dict[tuple[Any, ...], Event] = {}
+    for number, event in enumerate(events):
+        if event["event"] == "started":
+            begin = event["step"]
+            kept = {key: old for key, old in kept.items() if begin > 0 and old.get("step", begin + 1) <= begin}
+        repeated = event["event"] in ("step", "eval")
+        key = (event["event"], event["step"], event.get("client_id")) if repeated else (number,)
+        kept.pop(key, None)
+        kept[key] = event
+    return list(kept.values())
+
+
+def role_path(folder: str | Path, role: str) -> Path:
+    """Where `role` of the run in `folder` writes its events."""
+    return Path(folder) / "roles" / role / FILE_NAME
+
+
+def role_order(role: str) -> tuple[int, str, int]:
+    """Sorting key: trunk ranks, clients, the rest; by number, so that client-10 follows client-9."""
+    match = re.fullmatch(r"(.*?)-(\d+)", role)
+    kind, number = (match[1], int(match[2])) if match else (role, 0)
+    return ({"trunk": 0, "client": 1}.get(kind, 2), kind, number)
+
+
+def role_files(folder: str | Path) -> dict[str, Path]:
+    """Role → its event file, for the roles whose files are in `folder`, in reporting order."""
+    found = {path.parent.name: path for path in (Path(folder) / "roles").glob(f"*/{FILE_NAME}")}
+    return {role: found[role] for role in sorted(found, key=role_order)}

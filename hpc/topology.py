@@ -1,0 +1,137 @@
+"""Where am I: the launcher's variables → role, trunk rank or client id. Pure.
+
+Global ranks 0 … trunk.ranks-1 are the trunk; the others are clients 0, 1, … in order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from hpc.config import Config
+from hpc.errors import TopologyError
+
+Launcher = Literal["env", "mpi", "slurm", "none"]
+DEFAULT_PORT = 29477
+
+
+@dataclass(kw_only=True, frozen=True)
+class World:
+    """What the launcher said: which of how many processes this is, and where they meet."""
+
+    launcher: Launcher
+    global_rank: int
+    world_size: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+    agent_hosts_store: bool = False
+
+
+@dataclass(kw_only=True, frozen=True)
+class Place:
+    """This process's role. `index` is the trunk rank or the client id."""
+
+    role: Literal["trunk", "client", "centralised", "baseline"]
+    index: int
+    world: World
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.index}" if self.role in ("trunk", "client") else self.role
+
+
+def read_world(environ: Mapping[str, str]) -> World:
+    """The launcher's variables: torchrun's (or our own), then MPI's, then Slurm's; none means one process.
+
+    Raises `TopologyError` for a variable that is not a number.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return World(
+            launcher="env",
+            global_rank=_number(environ, "RANK"),
+            world_size=_number(environ, "WORLD_SIZE"),
+            local_rank=_number(environ, "LOCAL_RANK", 0),
+            master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=_number(environ, "MASTER_PORT", DEFAULT_PORT),
+            agent_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+    for rank, size, local in (
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ):
+        if rank in environ and size in environ:
+            return _meeting_later(environ, "mpi", _number(environ, rank), _number(environ, size), local)
+    if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ:
+        rank, size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
+        return _meeting_later(environ, "slurm", rank, size, "SLURM_LOCALID")
+    return World(
+        launcher="none",
+        global_rank=0,
+        world_size=1,
+        local_rank=0,
+        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=_number(environ, "MASTER_PORT", DEFAULT_PORT),
+    )
+
+
+def _meeting_later(environ: Mapping[str, str], launcher: Launcher, rank: int, size: int, local: str) -> World:
+    """MPI and Slurm name no meeting point: Slurm's first host and a port made from the job's number."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    port = DEFAULT_PORT + _number(environ, "SLURM_JOB_ID", 0) % 10_000
+    return World(
+        launcher=launcher,
+        global_rank=rank,
+        world_size=size,
+        local_rank=_number(environ, local, 0),
+        master_addr=environ.get("MASTER_ADDR", first_host(nodes)),
+        master_port=_number(environ, "MASTER_PORT", port),
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(str(text))
+    except ValueError:
+        raise TopologyError(f"{name} is {text!r}; the launcher must set it to a number") from None
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a Slurm node list: `gpu[03-05,9],login` → `gpu03`."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\](\S*?)(?:,|$))?", nodelist)
+    if match is None:
+        return nodelist
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def place(world: World, config: Config) -> Place:
+    """The role of this process. Raises `TopologyError` if the world does not fit the configuration."""
+    check_world(world.world_size, config)
+    if config.train.schedule == "centralised":
+        return Place(role="centralised", index=0, world=world)
+    if world.global_rank < config.trunk.ranks:
+        return Place(role="trunk", index=world.global_rank, world=world)
+    return Place(role="client", index=world.global_rank - config.trunk.ranks, world=world)
+
+
+def check_world(processes: int, config: Config) -> None:
+    """Raise `TopologyError` with the numbers and the flags unless there is one process for each role."""
+    if processes == config.world_size:
+        return
+    if config.train.schedule == "centralised":
+        raise TopologyError(f"{processes} processes were started; --train.schedule centralised runs in 1 process")
+    few = "few" if processes < config.world_size else "many"
+    raise TopologyError(
+        f"{processes} processes are too {few}: --trunk.ranks {config.trunk.ranks} and --train.clients "
+        f"{config.train.clients} need {config.world_size}; start {config.world_size} processes, or change these flags"
+    )
+
+
+def clients_of_trunk_rank(trunk_rank: int, config: Config) -> list[int]:
+    """Client k belongs to trunk rank k modulo trunk.ranks."""
+    return [c for c in range(config.train.clients) if c % config.trunk.ranks == trunk_rank]

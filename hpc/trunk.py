@@ -1,0 +1,132 @@
+"""The trunk on DeepSpeed: forward, backward from a received gradient, one clipped optimiser step.
+
+Shape suffixes: B rows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hpc.config import Config
+from hpc.model.part import Part
+from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
+from hpc.trunk_config import read_deepspeed_json, zero_stage
+
+
+class Trunk:
+    """The middle blocks of one trunk rank. All trunk ranks call the same methods in the same order."""
+
+    def __init__(self, part: Part, config: Config, *, ranks: int, device: torch.device) -> None:
+        self.part, self.ranks, self.device = part, ranks, device
+        self._train = config.train
+        self.learns = bool(part.trainable())
+        self._engine: Any = None
+        self._out: torch.Tensor | None = None
+        self._smashed: torch.Tensor | None = None
+        self.parameters = list(part.trainable().values())
+        if config.trunk.activation_checkpointing:
+            part.model.gradient_checkpointing_enable({"use_reentrant": False})
+            part.train()
+        settings = read_deepspeed_json(config.trunk.deepspeed)
+        self.stage = zero_stage(settings)
+        # Counted now: ZeRO 3 leaves an empty shell where each partitioned parameter was.
+        self.owned = sum(p.numel() for p in part.parameters())
+        self.trainable = sum(p.numel() for p in self.parameters)
+        if self.learns:
+            self._engine = self._initialise(settings)
+        else:
+            part.to(device)
+
+    def _initialise(self, settings: dict[str, Any]) -> Any:
+        import deepspeed
+
+        full = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+            **settings,
+        }
+        engine, *_ = deepspeed.initialize(
+            model=self.part,
+            optimizer=make_adamw(self.parameters, self._train),
+            config=full,
+            dist_init_required=False,
+        )
+        return engine
+
+    def forward(self, smashed_BTD: torch.Tensor, *, input_learns: bool) -> torch.Tensor:
+        """`trunk_out_BTD`, detached. With `input_learns`, `backward` also gives the gradient of the input."""
+        self._smashed = smashed_BTD.detach().requires_grad_(input_learns)
+        self._out = (self._engine or self.part)(self._smashed)
+        return self._out.detach()
+
+    @torch.no_grad()
+    def infer(self, smashed_BTD: torch.Tensor) -> torch.Tensor:
+        """`trunk_out_BTD` for evaluation; keeps nothing for a backward pass."""
+        out: torch.Tensor = (self._engine or self.part)(smashed_BTD)
+        return out
+
+    def backward(self, grad_trunk_out_BTD: torch.Tensor) -> torch.Tensor | None:
+        """From the received gradient to `grad_smashed_BTD` (None unless the input learns)."""
+        out, smashed = self._out, self._smashed
+        assert out is not None, "backward follows forward"
+        assert smashed is not None, "backward follows forward"
+        self._out = self._smashed = None
+        if self._engine is None:
+            if out.requires_grad:
+                out.backward(grad_trunk_out_BTD)
+            return smashed.grad
+        if self.stage == 0:
+            # DeepSpeed wants a scalar here; the gradient of this one with respect to `out` is the received one.
+            self._engine.backward((out * grad_trunk_out_BTD).sum())
+        else:
+            out.backward(grad_trunk_out_BTD)
+        return smashed.grad
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Full gradients of this step, summed over trunk ranks, in a fixed order. Collective at ZeRO 1-3."""
+        if not self.learns:
+            return []
+        if self.stage == 0:
+            found = [p.grad for p in self.parameters]
+        else:
+            from deepspeed.utils import safe_get_full_grad
+
+            found = [safe_get_full_grad(p) for p in self.parameters]
+        # DeepSpeed averages over ranks, while every client's loss is already divided by all label tokens.
+        return [g if self.ranks == 1 else g * self.ranks for g in found if g is not None]
+
+    def square_sum(self) -> float:
+        """Partial square sum of the global gradient norm."""
+        return square_sum(self.gradients())
+
+    def step(self, *, factor: float, rate: float) -> None:
+        """One AdamW step with the gradients times `factor` (clipping and loss scale)."""
+        if not self.learns:
+            return
+        set_learning_rate(self._engine.optimizer, rate)
+        factor = factor * self.ranks
+        if factor != 1.0:
+            self._scale(factor)
+        self._engine.step()
+
+    def skip(self) -> None:
+        """Drop this step's gradients."""
+        if self.learns:
+            self._scale(0.0)
+            self._engine.optimizer.zero_grad()
+
+    def _scale(self, factor: float) -> None:
+        if self.stage == 0:
+            scale_gradients([p.grad for p in self.parameters], factor)
+            return
+        from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+
+        for parameter in self.parameters:
+            gradient = safe_get_full_grad(parameter)
+            if gradient is not None:
+                safe_set_full_grad(parameter, gradient * factor)

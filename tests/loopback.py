@@ -1,0 +1,158 @@
+"""A whole federation in threads of this process: real frames, real cipher, real DeepSpeed, no processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hpc.aggregate import TrunkGroup
+from hpc.centralised import Centralised
+from hpc.client import Client
+from hpc.config import Config
+from hpc.data.dataset import load_client_data
+from hpc.federation import head_learns
+from hpc.link.channel import Channel
+from hpc.link.cipher import make_cipher
+from hpc.link.transport import loopback_pair
+from hpc.model.build import ModelBuilder
+from hpc.model.source import load_tokenizer
+from hpc.report.events import EventLog, read_events, role_path
+from hpc.server import Server
+from hpc.trunk import Trunk
+
+KEYS = (bytes(range(32)), bytes(range(32, 64)))
+
+
+@dataclass
+class Outcome:
+    """What a run left: losses a step (mean over the step's label tokens), accuracy, and trained tensors by name."""
+
+    losses: list[float]
+    correct: dict[int, int]
+    trained: dict[str, torch.Tensor]
+    clients: list[Client] = field(default_factory=list)
+
+
+def one_rank_group() -> None:
+    """DeepSpeed needs a default group, even of one."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def channel_pair(encryption: str, wrap: Callable[[Any], Any] = lambda transport: transport) -> tuple[Channel, Channel]:
+    """Client's end and server's end. `wrap` may put a tap around the client's transport."""
+    client_side, server_side = loopback_pair()
+    library = "openssl" if encryption != "off" else None
+
+    def channel(transport: Any, send: bytes, recv: bytes, peer: str) -> Channel:
+        if library is None:
+            from hpc.link.cipher import PlainCipher
+
+            ciphers = (PlainCipher(), PlainCipher())
+        else:
+            ciphers = (make_cipher(library, send), make_cipher(library, recv))
+        return Channel(
+            transport, send_cipher=ciphers[0], recv_cipher=ciphers[1], chunk_bytes=2**16, timeout_s=60, peer=peer
+        )
+
+    return channel(wrap(client_side), *KEYS, "server"), channel(server_side, *KEYS[::-1], "client")
+
+
+def run_split(config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lambda t: t, peers: Any = None) -> Outcome:
+    """Train as `config` says, every role a thread; raises what the first failing role raised."""
+    one_rank_group()
+    pairs = [channel_pair(config.link.encryption, wrap) for _ in range(config.train.clients)]
+    failures: list[BaseException] = []
+    clients: dict[int, Client] = {}
+
+    def client(client_id: int) -> None:
+        builder = ModelBuilder.of(config)
+        head, tail = builder.client_parts()
+        clients[client_id] = Client(
+            client_id=client_id,
+            config=config,
+            head=head,
+            tail=tail,
+            data=load_client_data(config, client_id, load_tokenizer(builder.resolver)),
+            channel=pairs[client_id][0],
+            peers=peers[client_id] if peers else None,
+            log=EventLog(role_path(folder, f"client-{client_id}")),
+            device=torch.device("cpu"),
+        )
+        clients[client_id].run()
+
+    def guarded(work: Callable[[], None], channels: list[Channel]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+            for channel in channels:
+                channel.send_error(str(error))
+                channel.close()
+
+    builder = ModelBuilder.of(config)
+    trunk = Trunk(builder.part("trunk"), config, ranks=1, device=torch.device("cpu"))
+    server = Server(
+        config=config,
+        trunk=trunk,
+        channels={client_id: pair[1] for client_id, pair in enumerate(pairs)},
+        group=TrunkGroup(0, 1, 60),
+        head_learns=head_learns(config),
+        hidden_size=builder.hidden_size,
+        dtype=builder.dtype,
+        log=EventLog(role_path(folder, "trunk-0")),
+    )
+    threads = [
+        threading.Thread(target=guarded, args=(lambda k=k: client(k), [pairs[k][0]]), daemon=True)
+        for k in range(config.train.clients)
+    ]
+    for thread in threads:
+        thread.start()
+    guarded(server.run, [pair[1] for pair in pairs])
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a client hangs"
+    if failures:
+        raise failures[0]
+    trained = {name: p.detach().clone() for name, p in trunk.part.trainable().items()}
+    trained |= {name: p.detach().clone() for name, p in clients[0].learner.parameters.items()}
+    return Outcome(losses_of(folder), correct_of(folder), trained, [clients[k] for k in sorted(clients)])
+
+
+def run_centralised(config: Config, folder: Path) -> Outcome:
+    """The project's own baseline."""
+    builder = ModelBuilder.of(config)
+    tokenizer = load_tokenizer(builder.resolver)
+    data = [load_client_data(config, k, tokenizer) for k in range(config.train.clients)]
+    log = EventLog(role_path(folder, "centralised"))
+    model = Centralised(
+        config=config, cut=builder.cut, model=builder.part("whole"), data=data, log=log, device=torch.device("cpu")
+    )
+    model.run()
+    trained = {name: p.detach().clone() for name, p in model.learner.parameters.items()}
+    return Outcome(losses_of(folder), correct_of(folder), trained)
+
+
+def losses_of(folder: Path) -> list[float]:
+    sums: dict[int, list[tuple[float, int]]] = {}
+    for path in sorted((folder / "roles").glob("c*/metrics.jsonl")):
+        for event in read_events(path):
+            if event["event"] == "step":
+                sums.setdefault(event["step"], []).append((event["loss_sum"], event["label_tokens"]))
+    return [sum(s for s, _ in parts) / sum(n for _, n in parts) for _, parts in sorted(sums.items())]
+
+
+def correct_of(folder: Path) -> dict[int, int]:
+    """Step → right answers over all clients."""
+    found: dict[int, int] = {}
+    for path in sorted((folder / "roles").glob("c*/metrics.jsonl")):
+        for event in read_events(path):
+            if event["event"] == "eval":
+                found[event["step"]] = found.get(event["step"], 0) + event["correct"]
+    return found

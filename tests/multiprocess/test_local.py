@@ -1,0 +1,275 @@
+"""The entry points as a user types them: the same federation however it is started, equal losses everywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc.link.identity import ensure_local
+from tests.runs import LOCAL, ROOT, TINY, TRAIN, Finished, clean_environment, local, run_command, torchrun
+
+pytestmark = pytest.mark.timeout(240)
+STEPS = ("--train.max_steps", "4")
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("identities") / "keys"
+    ensure_local(folder, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Finished:
+    """client_batch over Gloo, one trunk rank, started by one python process."""
+    return local(tmp_path_factory.mktemp("reference"), keys, *STEPS, "--run.baseline_steps", "4")
+
+
+@pytest.fixture(scope="module")
+def losses(reference: Finished) -> list[float]:
+    found: list[float] = reference.summary["losses"]
+    return found
+
+
+def assert_bounds(found: list[float], expected: list[float]) -> None:
+    assert len(found) == len(expected)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_summary_has_what_is_promised(reference: Finished) -> None:
+    summary = reference.summary
+    promised = """schedule clients trunk_ranks steps seed model adapter transport encryption loss_first loss_last
+        losses eval step_seconds tokens_per_second link_bytes_per_step seconds_per_step peak_rss_mib parameters
+        versions"""
+    for key in promised.split():
+        assert summary[key] is not None, key
+    assert "git_commit" in summary
+    assert summary["transport"] == "gloo"
+    assert summary["encryption"] == "aes-256-gcm"
+    assert summary["steps"] == 4 == len(summary["losses"])
+
+
+def test_a_run_leaves_its_files(reference: Finished) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "loss.png", "time.png", "tb"):
+        assert (reference.folder / name).exists(), name
+
+
+def test_the_uncut_model_beside_the_run_has_the_same_losses(reference: Finished) -> None:
+    baseline = reference.summary["baseline"]
+    assert baseline["steps"] == 4
+    assert baseline["loss_max_abs_difference"] < 1e-4
+
+
+def test_nobody_holds_what_it_does_not_own(reference: Finished) -> None:
+    """Counts of values and of tensors read from the model's file, against the model's own shapes."""
+    from safetensors import safe_open
+
+    from hpc.config import ModelConfig
+    from hpc.model.source import resolve
+
+    path = resolve(ModelConfig(name_or_path="tiny-llama"))("model.safetensors")
+    assert path is not None
+    with safe_open(path, framework="pt") as shard:
+        keys = list(shard.keys())
+        sizes = {key: shard.get_tensor(key).numel() for key in keys}
+    blocks = [int(match[1]) if (match := re.search(r"layers\.(\d+)\.", key)) else None for key in keys]
+    owned = {
+        "trunk-0": {k for k, b in zip(keys, blocks, strict=True) if b in (1, 2)},
+        "client-0": {k for k, b in zip(keys, blocks, strict=True) if b in (0, 3, None)},
+    }
+    summary = reference.summary
+    for role, mine in owned.items():
+        parts = summary["parameters_by_role"][role]
+        base = sum(part["owned"] - part["trainable"] for part in parts.values())
+        assert base == sum(sizes[k] for k in mine)
+        assert summary["keys_read"][role] == len(mine)
+
+
+def test_one_torchrun_process_starts_the_rest(losses: list[float], keys: Path, tmp_path: Path) -> None:
+    assert local(tmp_path, keys, *STEPS, launcher=torchrun(1)).summary["losses"] == losses
+
+
+def test_torchrun_with_a_process_for_each_role(losses: list[float], keys: Path, tmp_path: Path) -> None:
+    assert local(tmp_path, keys, *STEPS, launcher=torchrun(3)).summary["losses"] == losses
+
+
+def test_mpi_gives_the_same_bits(losses: list[float], keys: Path, tmp_path: Path) -> None:
+    summary = local(tmp_path, keys, *STEPS, "--link.transport", "mpi").summary
+    assert summary["transport"] == "mpi"
+    assert summary["losses"] == losses
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_trunk_ranks_and_every_zero_stage(stage: int, losses: list[float], keys: Path, tmp_path: Path) -> None:
+    json_file = ["--trunk.deepspeed", str(ROOT / "slurm" / "deepspeed" / f"zero{stage}.json")] if stage else []
+    summary = local(tmp_path, keys, *STEPS, "--trunk.ranks", "2", *json_file).summary
+    assert summary["trunk_ranks"] == 2
+    assert_bounds(summary["losses"], losses)
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_serial_hands_the_parts_on(ranks: str, keys: Path, tmp_path: Path) -> None:
+    serial = local(tmp_path / "s", keys, *STEPS, "--train.schedule", "serial", "--trunk.ranks", ranks).summary
+    order = ("--train.schedule", "centralised", "--train.order", "sequential")
+    whole = local(tmp_path / "c", keys, *STEPS, *order).summary
+    if ranks == "1":
+        assert serial["losses"] == whole["losses"]
+    assert_bounds(serial["losses"], whole["losses"])
+    assert serial["eval"]["accuracy"] == whole["eval"]["accuracy"]
+
+
+# --- bad input: exit code 2, one line, no traceback, nothing left behind
+
+
+def assert_refused(finished: Finished, *words: str) -> None:
+    assert finished.code == 2, (finished.code, finished.err[-2000:])
+    lines = [line for line in finished.err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+    assert "Traceback" not in finished.err
+    assert not finished.folder.exists() or not any(finished.folder.iterdir())
+
+
+def test_a_cut_without_trunk(keys: Path, tmp_path: Path) -> None:
+    assert_refused(local(tmp_path / "o", keys, "--model.head_blocks", "9"), "--model.head_blocks 9", "4 blocks")
+
+
+def test_a_foreign_model_folder(keys: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "model"
+    empty.mkdir()
+    assert_refused(local(tmp_path / "o", keys, "--model.name_or_path", str(empty)), str(empty), "config.json")
+
+
+def test_a_missing_model_folder(keys: Path, tmp_path: Path) -> None:
+    assert_refused(local(tmp_path / "o", keys, "--model.name_or_path", "/no/such/model"), "/no/such/model")
+
+
+def test_a_broken_line_names_file_and_line(keys: Path, tmp_path: Path) -> None:
+    for client in range(2):
+        good = json.dumps({"passage": "p", "question": "q", "label": True})
+        (tmp_path / f"{client}.jsonl").write_text(f"{good}\n{good}\n" + ("{oops\n" if client else ""))
+    file = str(tmp_path / "{client_id}.jsonl")
+    finished = local(tmp_path / "o", keys, "--data.task", "jsonl", "--data.train_file", file)
+    assert_refused(finished, "1.jsonl", "line 3")
+
+
+def test_a_client_without_data(keys: Path, tmp_path: Path) -> None:
+    (tmp_path / "all.jsonl").write_text(json.dumps({"passage": "p", "question": "q", "label": True}) + "\n")
+    flags = ("--data.task", "jsonl", "--data.train_file", str(tmp_path / "all.jsonl"), "--data.partition", "iid")
+    assert_refused(local(tmp_path / "o", keys, *flags), "client 1", "--train.clients")
+
+
+def test_a_port_that_is_taken(keys: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert_refused(local(tmp_path / "o", keys, "--link.port", port), f"--link.port {port}", "taken")
+
+
+def test_the_folder_of_a_finished_run(keys: Path, reference: Finished) -> None:
+    before = (reference.folder / "summary.json").read_bytes()
+    again = local(reference.folder, keys, *STEPS)
+    assert again.code == 2
+    assert "finished run" in again.err
+    assert "--run.name" in again.err
+    assert (reference.folder / "summary.json").read_bytes() == before
+
+
+def test_a_key_that_others_can_read(tmp_path: Path) -> None:
+    ensure_local(tmp_path / "keys", 2)
+    (tmp_path / "keys" / "client-1.key").chmod(0o644)
+    assert_refused(local(tmp_path / "o", tmp_path / "keys"), "client-1.key", "chmod 600")
+
+
+def test_a_revoked_client_is_refused_by_name(tmp_path: Path) -> None:
+    from hpc.link.identity import revoke
+
+    ensure_local(tmp_path / "keys", 2)
+    revoke(tmp_path / "keys", "client-1")
+    assert_refused(local(tmp_path / "o", tmp_path / "keys"), "client-1", "revoked")
+
+
+def test_an_unknown_client_is_refused(tmp_path: Path) -> None:
+    ensure_local(tmp_path / "keys", 2)
+    ensure_local(tmp_path / "strangers", 2)
+    (tmp_path / "strangers" / "client-1.key").rename(tmp_path / "keys" / "client-1.key")
+    assert_refused(local(tmp_path / "o", tmp_path / "keys"), "client", "unknown")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_world_that_does_not_fit(processes: int, keys: Path, tmp_path: Path) -> None:
+    finished = local(tmp_path / "o", keys, launcher=torchrun(processes))
+    assert finished.code != 0
+    line = next(line for line in finished.err.splitlines() if line.startswith("error:"))
+    for word in (f"{processes} processes", "--trunk.ranks 1", "--train.clients 2", "need 3"):
+        assert word in line
+
+
+def test_another_cut_at_the_other_end(keys: Path, tmp_path: Path) -> None:
+    """Two ranks started by hand with different flags: both ends show both values."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    flags = [*TINY, "--train.clients", "1", "--link.keys_dir", str(keys), "--link.timeout_s", "60"]
+    flags += ["--run.output_dir", str(tmp_path / "o")]
+
+    def start(rank: str, *extra: str) -> subprocess.Popen[str]:
+        env = clean_environment(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        return subprocess.Popen(
+            [sys.executable, TRAIN, *flags, *extra], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+        )
+
+    server, client = start("0"), start("1", "--model.head_blocks", "2")
+    for process in (server, client):
+        err = process.communicate(timeout=90)[1]
+        assert process.returncode == 2, err
+        assert "model.head_blocks" in err
+        assert "1" in err
+        assert "2" in err
+        assert "Traceback" not in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_killed_client_ends_the_run_and_leaves_no_process(keys: Path, tmp_path: Path) -> None:
+    mark = f"--run.output_dir={tmp_path / 'o'}"
+    command = [sys.executable, LOCAL, *TINY, "--link.keys_dir", str(keys), "--train.max_steps", "5000", mark]
+    run = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    events = tmp_path / "o" / "roles" / "client-1" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (events.exists() and events.read_text().count('"step"') > 5):
+        assert time.monotonic() < deadline, "no step was taken"
+        assert run.poll() is None
+        time.sleep(0.2)
+    ours = subprocess.run(
+        ["pgrep", "-f", f"train.py.*{mark}"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert len(ours) == 3
+    victim = next(pid for pid in ours if b"RANK=2\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    subprocess.run(["kill", "-9", victim], check=True)
+    started = time.monotonic()
+    err = run.communicate(timeout=60)[1]
+    assert run.returncode == 1
+    assert time.monotonic() - started < 30
+    assert "client 1" in err
+    assert "Traceback" not in err
+    left = subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True, check=False).stdout.split()
+    assert not left
+
+
+def test_help_and_config_are_printed(tmp_path: Path) -> None:
+    shown = run_command([sys.executable, LOCAL, "--help"], tmp_path)
+    assert shown.code == 0
+    assert "--train.schedule" in shown.out
+    printed = run_command([sys.executable, LOCAL, "--print_config"], tmp_path)
+    assert printed.code == 0
+    assert "head_blocks: 1" in printed.out

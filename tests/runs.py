@@ -1,0 +1,82 @@
+"""Runs of the real command line in real processes, each with a hard deadline, none left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+LOCAL, TRAIN = str(ROOT / "launch" / "local.py"), str(ROOT / "launch" / "train.py")
+TINY = ["--config", str(ROOT / "launch" / "recipes" / "tiny.yaml"), "--data.val_examples", "8"]
+
+
+@dataclass(kw_only=True)
+class Finished:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        assert self.code == 0, self.err[-3000:]
+        found: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
+        return found
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+    return {**kept, **extra}
+
+
+def run_command(
+    command: list[str], folder: Path, *, timeout_s: float = 100, env: dict[str, str] | None = None
+) -> Finished:
+    """Run to the end; past the deadline the whole process group is killed and the test fails."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env or clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(
+            f"no end within {timeout_s} s: {' '.join(command)}\n{out[-1500:]}\n{err[-3000:]}"
+        ) from None
+    return Finished(code=process.returncode, out=out, err=err, folder=folder)
+
+
+def local(folder: Path, keys_dir: Path, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> Finished:
+    """`launch/local.py` on the tiny recipe."""
+    own = ["--run.output_dir", str(folder), "--link.keys_dir", str(keys_dir), "--link.timeout_s", "60"]
+    return run_command([*launcher, LOCAL, *TINY, *own, *arguments], folder)
+
+
+def torchrun(processes: int) -> tuple[str, ...]:
+    return (
+        str(BIN / "torchrun"),
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    )

@@ -1,0 +1,126 @@
+"""Imports go downwards only. Read from the source with `ast`, so nothing is imported and lazy imports count too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "hpc"
+
+# Module or package → floor. The longest fitting name decides; a module imports from its own floor and those below.
+FLOORS = {
+    "hpc.errors": 0,
+    # pure: values, bytes and rules
+    "hpc.config": 1,
+    "hpc.topology": 1,
+    "hpc.schedule": 1,
+    "hpc.trunk_config": 1,
+    "hpc.ragged": 1,
+    "hpc.stopwatch": 1,
+    "hpc.link.frame": 1,
+    "hpc.link.cipher": 1,
+    "hpc.report.events": 1,
+    "hpc.report.provenance": 1,
+    # what roles are made of
+    "hpc.link": 2,
+    "hpc.model": 2,
+    "hpc.data": 2,
+    # roles, and what they do together
+    "hpc.optim": 3,
+    "hpc.learner": 3,
+    "hpc.client": 3,
+    "hpc.server": 3,
+    "hpc.trunk": 3,
+    "hpc.aggregate": 3,
+    "hpc.centralised": 3,
+    "hpc.checkpoint": 3,
+    # what looks at runs
+    "hpc.privacy": 4,
+    "hpc.report": 4,
+    # what starts them
+    "hpc.baseline": 5,
+    "hpc.cli": 5,
+    "hpc.federation": 5,
+    "hpc.rendezvous": 5,
+    "hpc.launcher": 5,
+    "hpc.preflight": 5,
+    "hpc.process": 5,
+}
+# Submitting a job, or planning one, must not pay for importing torch.
+NO_TORCH = {
+    "hpc.errors",
+    "hpc.config",
+    "hpc.topology",
+    "hpc.schedule",
+    "hpc.trunk_config",
+    "hpc.report.events",
+    "hpc.report.provenance",
+}
+STRANGERS = [("hpc.client", "hpc.server"), ("hpc.server", "hpc.client")]
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name → file; a package stands for its `__init__.py`."""
+    paths = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+    return {
+        ".".join(("hpc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in paths
+    }
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names a file imports; `from a import b` gives `a.b`, as b may be a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} line {node.lineno}: import from hpc by its full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, root: str) -> bool:
+    return name == root or name.startswith(root + ".")
+
+
+def floor(module: str) -> int:
+    fitting = [root for root in FLOORS if within(module, root)]
+    assert fitting, f"{module} has no floor yet: place it in FLOORS in {Path(__file__).name}"
+    return FLOORS[max(fitting, key=len)]
+
+
+MODULES = modules()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_its_floor_and_below(module: str) -> None:
+    own = floor(module)
+    for name in imports(MODULES[module]):
+        if within(name, "hpc") and name != "hpc.__version__":
+            assert floor(name) <= own, f"{module} (floor {own}) imports {name} (floor {floor(name)})"
+
+
+@pytest.mark.parametrize("module", [name for name, number in FLOORS.items() if number <= 1 and name in MODULES])
+def test_pure_modules_know_nothing_of_processes(module: str) -> None:
+    barred = "torch" if module in NO_TORCH else "torch.distributed"
+    found = [name for name in imports(MODULES[module]) if within(name, barred)]
+    assert not found, f"{module} imports {found}; it must not import {barred}"
+
+
+@pytest.mark.parametrize(("module", "stranger"), STRANGERS)
+def test_client_and_server_do_not_know_each_other(module: str, stranger: str) -> None:
+    assert not [name for name in imports(MODULES[module]) if within(name, stranger)]
+
+
+@pytest.mark.parametrize("package", ["hpc", "hpc.link", "hpc.report"])
+def test_packages_with_pure_modules_import_nothing_themselves(package: str) -> None:
+    """Importing `hpc.link.frame` runs `hpc/link/__init__.py`: what that imports, the pure module would import."""
+    path = PACKAGE.joinpath(*package.split(".")[1:], "__init__.py")
+    found = [name for name in imports(path) if not within(name, "__future__")] if path.exists() else []
+    assert not found, f"{path.relative_to(PACKAGE.parent)} imports {found}; import the modules where they are used"
+
+
+def test_the_modules_were_found() -> None:
+    assert {"hpc.errors", "hpc.config", "hpc.report", "hpc.report.events"} <= MODULES.keys()
