@@ -57,9 +57,22 @@ class Client:
         self._watch = Stopwatch()
         self._eval_batches = data.eval_batches(config.train.eval_batch_size)
 
+    def open(self) -> None:
+        """Say how many evaluation batches there are; wait for all roles; take up the other clients' public keys."""
+        self.channel.send(Header(kind=Kind.READY), torch.tensor([len(self._eval_batches)]))
+        self.channel.recv(Kind.READY)
+        if self.peers is None:
+            return
+        message = torch.frombuffer(bytearray(self.peers.public_message()), dtype=torch.uint8)
+        self.channel.send(Header(kind=Kind.PEER_KEY), message)
+        for _ in range(self.train.clients - 1):
+            self.peers.add(tensor_of(self.channel.recv(Kind.PEER_KEY)).numpy().tobytes())
+
     def run(self, before_goodbye: Callable[[], None] = lambda: None) -> None:
-        """The whole run, in the order of the schedule; `before_goodbye` runs while the trunk still waits."""
-        self._announce()
+        """The whole run, in the order of the schedule; `before_goodbye` runs while the trunk still waits.
+
+        `open` comes first.
+        """
         for instruction in instructions(self.train, evaluate=self.config.data.evaluates):
             match instruction:
                 case TrainStep() if self.client_id in instruction.clients:
@@ -174,17 +187,6 @@ class Client:
         elif self.client_id in order.receivers:
             sealed = tensor_of(self.channel.recv(Kind.HANDOVER))
             self.learner.load_state(self.peers.open(order.sender, sealed))
-
-    def _announce(self) -> None:
-        """Say how many evaluation batches there are; take up the other clients' public keys."""
-        self.channel.send(Header(kind=Kind.READY), torch.tensor([len(self._eval_batches)]))
-        self.channel.recv(Kind.READY)
-        if self.peers is None:
-            return
-        message = torch.frombuffer(bytearray(self.peers.public_message()), dtype=torch.uint8)
-        self.channel.send(Header(kind=Kind.PEER_KEY), message)
-        for _ in range(self.train.clients - 1):
-            self.peers.add(tensor_of(self.channel.recv(Kind.PEER_KEY)).numpy().tobytes())
 
     def _send(self, kind: Kind, step: int, hidden_BTD: torch.Tensor, batch: Batch, *, flags: int = 0) -> None:
         header = Header(kind=kind, step=step, lengths=batch.lengths, weight=float(batch.label_tokens), flags=flags)

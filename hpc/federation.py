@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,49 +60,41 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
         part = builder.part("trunk")
         keys_read = len(builder.source.keys_read)
         trunk = Trunk(part, config, ranks=config.trunk.ranks, device=device)
-        reports = place.index == 0
+        events, reports = EventLog(role_path(folder, place.name)), place.index == 0
+        server = Server(
+            config=config,
+            trunk=trunk,
+            channels=channels,
+            group=group,
+            head_learns=head_learns(config),
+            hidden_size=builder.hidden_size,
+            dtype=builder.dtype,
+            log=events,
+        )
+        server.open()
+        # Every role is up: only now is anything written.
         if reports:
             save_config(folder, yaml)
-        with EventLog(role_path(folder, place.name)) as events:
-            events.write(Started())
-            progress = (
-                Progress(
-                    folder,
-                    total_steps=total_steps(config.train),
-                    clients_per_step=len(clients_of_step(config.train, 0)),
-                )
-                if reports
-                else None
-            )
-            turns = BaselineTurns(meeting, config) if reports and BASELINE in os.environ else None
-            Server(
-                config=config,
-                trunk=trunk,
-                channels=channels,
-                group=group,
-                head_learns=head_learns(config),
-                hidden_size=builder.hidden_size,
-                dtype=builder.dtype,
-                log=events,
-                after_step=_after_step(progress, turns),
-            ).run()
-            parameters = {"trunk": {"owned": trunk.owned, "trainable": trunk.trainable}}
-            events.write(_ended(parameters, keys_read, meeting.transport_name))
+        events.write(Started())
+        progress = Progress(
+            folder, total_steps=total_steps(config.train), clients_per_step=len(clients_of_step(config.train, 0))
+        )
+        turns = BaselineTurns(meeting, config) if BASELINE in os.environ else None
+
+        def after_step(step: int) -> None:
+            if reports:
+                progress.poll()
+                if turns is not None:
+                    turns.take(step)
+
+        server.run(after_step)
+        parameters = {"trunk": {"owned": trunk.owned, "trainable": trunk.trainable}}
+        events.write(_ended(parameters, keys_read, meeting.transport_name))
         group.barrier()
-        if progress is not None:
-            progress.close()
+        progress.close()
+        if reports:
             report(config, folder)
     torch.distributed.destroy_process_group()
-
-
-def _after_step(progress: object, turns: BaselineTurns | None) -> Callable[[int], None]:
-    def after(step: int) -> None:
-        if progress is not None:
-            progress.poll()  # type: ignore[attr-defined]
-        if turns is not None:
-            turns.take(step)
-
-    return after
 
 
 def run_client(config: Config, place: Place) -> None:
@@ -128,27 +119,28 @@ def run_client(config: Config, place: Place) -> None:
             identity = load_private(config.link.keys_dir, client_name(client_id))
             pinned = Authorised.load(config.link.keys_dir).by_client_id()
             peers = PeerKeys(client_id, identity, pinned, meeting.run_id())
-        with EventLog(role_path(folder, place.name)) as events:
-            events.write(Started())
-            parameters = {name: count_parameters(part) for name, part in (("head", head), ("tail", tail))}
-            client = Client(
-                client_id=client_id,
-                config=config,
-                head=head,
-                tail=tail,
-                data=data,
-                channel=channels[0],
-                peers=peers,
-                log=events,
-                device=device_of(config, place),
-                before_step=await_baseline(meeting, config) if BASELINE in os.environ else lambda step: None,
-            )
-            # Before the goodbye, so that whoever reports after it finds everything.
-            client.run(
-                before_goodbye=lambda: events.write(
-                    _ended(parameters, len(builder.source.keys_read), meeting.transport_name)
-                )
-            )
+        events = EventLog(role_path(folder, place.name))
+        parameters = {name: count_parameters(part) for name, part in (("head", head), ("tail", tail))}
+        client = Client(
+            client_id=client_id,
+            config=config,
+            head=head,
+            tail=tail,
+            data=data,
+            channel=channels[0],
+            peers=peers,
+            log=events,
+            device=device_of(config, place),
+            before_step=await_baseline(meeting, config) if BASELINE in os.environ else lambda step: None,
+        )
+        client.open()
+        events.write(Started())
+
+        def last_event() -> None:
+            events.write(_ended(parameters, len(builder.source.keys_read), meeting.transport_name))
+
+        # Before the goodbye, so that whoever reports after it finds everything.
+        client.run(before_goodbye=last_event)
 
 
 def run_centralised(config: Config, yaml: str) -> None:

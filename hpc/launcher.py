@@ -76,7 +76,7 @@ def mpirun(processes: int) -> list[str]:
     about = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     if "Open MPI" not in about and "OpenRTE" not in about:
         return [found, "-n", str(processes)]
-    options = ["--oversubscribe", "--bind-to", "none", "--quiet"]
+    options = ["--oversubscribe", "--bind-to", "none"]
     return [found, *(["--allow-run-as-root"] if os.geteuid() == 0 else []), *options, "-n", str(processes)]
 
 

@@ -27,12 +27,14 @@ class Rendezvous:
 
     def __init__(self, place: Place, config: Config) -> None:
         self.place, self.config = place, config
+        self.store = self._open_store()
+        if place.role == "baseline":  # it has no link
+            return
         self.transport_name = choose_transport(
             config.link.transport,
             under_mpi=place.world.launcher == "mpi",
             distinct_gpus=torch.cuda.is_available() and torch.cuda.device_count() >= place.world.world_size,
         )
-        self.store = self._open_store()
         if self.transport_name == "mpi":
             from hpc.link.mpi import link_communicator
 

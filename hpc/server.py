@@ -40,25 +40,39 @@ class Server:
         hidden_size: int,
         dtype: torch.dtype,
         log: EventLog,
-        after_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config, self.train, self.trunk, self.channels, self.group = config, config.train, trunk, channels, group
         self.head_learns, self.log, self.device = head_learns, log, trunk.device
         self.loss_scale = LossScale.for_dtype(config.model.dtype)
         self.steps = total_steps(config.train)
-        self._after_step = after_step
         self._watch = Stopwatch()
         self._eval_batches: dict[int, int] = {}
         self._zero_BTD = torch.zeros(1, 1, hidden_size, dtype=dtype, device=self.device)
 
-    def run(self) -> None:
-        """The whole run, in the order of the schedule."""
-        self._open_round()
+    def open(self) -> None:
+        """Wait for every client, learn its number of evaluation batches, pass the clients' public keys around."""
+        counts = {client: int(_tensor(ch.recv(Kind.READY))[0]) for client, ch in self.channels.items()}
+        self._eval_batches = self.group.merge(counts, self.train.clients)
+        for channel in self.channels.values():
+            channel.send(Header(kind=Kind.READY))
+        if not self.train.hands_over:
+            return
+        for owner in range(self.train.clients):
+            mine = self.channels.get(owner)
+            key = self.group.share(
+                mine.recv(Kind.PEER_KEY).tensor if mine else None, owner=self.group.rank_of_client(owner)
+            )
+            for client, channel in self.channels.items():
+                if client != owner:
+                    channel.send(Header(kind=Kind.PEER_KEY), key)
+
+    def run(self, after_step: Callable[[int], None] = lambda step: None) -> None:
+        """The whole run, in the order of the schedule. `open` comes first."""
         for instruction in instructions(self.train, evaluate=self.config.data.evaluates):
             match instruction:
                 case TrainStep():
                     self.serve_step(instruction)
-                    self._after_step(instruction.step)
+                    after_step(instruction.step)
                 case Evaluate():
                     self.serve_evaluation(instruction)
                 case HandOver():
@@ -152,23 +166,6 @@ class Server:
             sealed = self.group.share(sealed, owner=self.group.rank_of_client(order.sender))
             if receiver in self.channels:
                 self.channels[receiver].send(Header(kind=Kind.HANDOVER, step=order.step), sealed)
-
-    def _open_round(self) -> None:
-        """Learn every client's number of evaluation batches; pass the clients' public keys around."""
-        counts = {client: int(_tensor(ch.recv(Kind.READY))[0]) for client, ch in self.channels.items()}
-        self._eval_batches = self.group.merge(counts, self.train.clients)
-        for channel in self.channels.values():
-            channel.send(Header(kind=Kind.READY))
-        if not self.train.hands_over:
-            return
-        for owner in range(self.train.clients):
-            mine = self.channels.get(owner)
-            key = self.group.share(
-                mine.recv(Kind.PEER_KEY).tensor if mine else None, owner=self.group.rank_of_client(owner)
-            )
-            for client, channel in self.channels.items():
-                if client != owner:
-                    channel.send(Header(kind=Kind.PEER_KEY), key)
 
     def _recv(self, client: int, kind: Kind, step: int) -> Frame:
         frame = self.channels[client].recv(kind, device=self.device)

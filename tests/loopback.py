@@ -46,7 +46,7 @@ def one_rank_group() -> None:
 
 
 def channel_pair(encryption: str, wrap: Callable[[Any], Any] = lambda transport: transport) -> tuple[Channel, Channel]:
-    """Client's end and server's end. `wrap` may put a tap around the client's transport."""
+    """Client's end and server's end. `wrap` may put a tap around each end's transport."""
     client_side, server_side = loopback_pair()
     library = "openssl" if encryption != "off" else None
 
@@ -61,7 +61,7 @@ def channel_pair(encryption: str, wrap: Callable[[Any], Any] = lambda transport:
             transport, send_cipher=ciphers[0], recv_cipher=ciphers[1], chunk_bytes=2**16, timeout_s=60, peer=peer
         )
 
-    return channel(wrap(client_side), *KEYS, "server"), channel(server_side, *KEYS[::-1], "client")
+    return channel(wrap(client_side), *KEYS, "server"), channel(wrap(server_side), *KEYS[::-1], "client")
 
 
 def run_split(config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lambda t: t, peers: Any = None) -> Outcome:
@@ -85,6 +85,7 @@ def run_split(config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lamb
             log=EventLog(role_path(folder, f"client-{client_id}")),
             device=torch.device("cpu"),
         )
+        clients[client_id].open()
         clients[client_id].run()
 
     def guarded(work: Callable[[], None], channels: list[Channel]) -> None:
@@ -114,7 +115,12 @@ def run_split(config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lamb
     ]
     for thread in threads:
         thread.start()
-    guarded(server.run, [pair[1] for pair in pairs])
+
+    def serve() -> None:
+        server.open()
+        server.run()
+
+    guarded(serve, [pair[1] for pair in pairs])
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive(), "a client hangs"

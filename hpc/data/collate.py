@@ -108,9 +108,7 @@ def answer_ids(example: Example, answer: str, tokenizer: Any, max_target_length:
 def make_row(example: Example, tokenizer: Any, *, max_source_length: int, max_target_length: int) -> Row:
     """The prompt and its right answer. Raises `DataError` if either does not fit."""
     prompt = prompt_ids(example, tokenizer, max_source_length)
-    return Row(
-        ids=prompt + answer_ids(example, example.answer, tokenizer, max_target_length), prompt_len=len(prompt)
-    )
+    return Row(ids=prompt + answer_ids(example, example.answer, tokenizer, max_target_length), prompt_len=len(prompt))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int = 0) -> torch.Tensor:
@@ -141,7 +139,9 @@ def union(batches: Sequence[Batch]) -> Batch:
     if len(batches) == 1:
         return batches[0]
     firsts = [sum(len(batch.lengths) for batch in batches[:index]) for index in range(len(batches))]
-    rows = [row_T[:length].tolist() for batch in batches for row_T, length in zip(batch.ids_BT, batch.lengths, strict=True)]
+    rows = [
+        row_T[:length].tolist() for batch in batches for row_T, length in zip(batch.ids_BT, batch.lengths, strict=True)
+    ]
     return Batch(
         ids_BT=pad_rows(rows),
         lengths=tuple(length for batch in batches for length in batch.lengths),

@@ -1,47 +1,187 @@
-"""TEMP integration draft."""
+"""One client's data: its share loaded and tokenised once, training batches by step number, and evaluation.
+
+Shape suffixes: E examples, C choices (verbalisers), L label positions, V vocabulary.
+"""
+
 from __future__ import annotations
+
 from dataclasses import dataclass
-import random
+from functools import lru_cache
+from typing import Any
+
 import torch
-from hpc.config import Config
-from hpc.data.collate import Batch, collate, make_row, prompt_ids, answer_ids, Row
-from hpc.data import tasks
-from hpc.data.ward_notes import ward_notes
+
+from hpc.config import Config, DataConfig
+from hpc.data import partition, seeding
+from hpc.data.collate import Batch, Row, answer_ids, collate, make_row, pad_rows, prompt_ids
+from hpc.data.records import CLIENT_ID, file_of_client, read_examples
+from hpc.data.tasks import FORMATS, Example, make_example
+from hpc.data.ward_notes import Split, ward_notes
+
 
 @dataclass(kw_only=True, frozen=True)
 class EvalBatch(Batch):
+    """Held-out examples to score, in one of two layouts.
+
+    Where every verbaliser is one token: a row is a prompt, its one label position is the prompt's last token, its
+    label id the right verbaliser. Otherwise an example has C rows, the prompt with each of the verbalisers.
+    """
+
     gold: tuple[int, ...]
-    group: int
-def load_client_data(config, client_id, tokenizer):
-    return ClientData(config, client_id, tokenizer)
+    """Index of the right verbaliser of each example."""
+    choice_ids_EC: torch.Tensor | None
+    """int64, the verbalisers' ids in the first layout; none in the second."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class EvalItem:
+    """A tokenised held-out example: its prompt and its verbalisers."""
+
+    prompt: list[int]
+    choices: list[list[int]]
+    gold: int
+
+
+@dataclass(kw_only=True, frozen=True)
 class ClientData:
-    def __init__(self, config, client_id, tok):
-        self.c=config; self.k=client_id
-        t=tasks.FORMATS["ward_notes"]
-        def ex(split,n):
-            return [tasks.make_example(t,r,"x") for r in ward_notes(site=client_id,sites=config.train.clients,split=split,count=n,seed=config.train.seed)]
-        d=config.data
-        kw=dict(max_source_length=d.max_source_length,max_target_length=d.max_target_length)
-        self.rows=[make_row(e,tok,**kw) for e in ex("train",d.train_examples)]
-        self.val=[(e,[Row(ids=(p:=prompt_ids(e,tok,d.max_source_length))+answer_ids(e,a,tok,d.max_target_length),prompt_len=len(p)) for a in e.verbalisers]) for e in ex("val",d.val_examples)]
-    def train_batch(self, step):
-        b=self.c.train.per_client_batch_size
-        idx=[]
-        for j in range(step*b,(step+1)*b):
-            ep,pos=divmod(j,len(self.rows))
-            perm=list(range(len(self.rows))); random.Random(f"{self.c.train.seed}:{self.k}:{ep}").shuffle(perm)
-            idx.append(perm[pos])
-        return collate([self.rows[i] for i in idx])
-    def eval_batches(self, n):
-        out=[]
-        for i in range(0,len(self.val),max(1,n//2)):
-            chunk=self.val[i:i+max(1,n//2)]
-            b=collate([r for _,rs in chunk for r in rs])
-            out.append(EvalBatch(**vars(b),gold=tuple(e.label for e,_ in chunk),group=2))
-        return out
-def score_eval(batch, logits_LV):
-    lp=logits_LV.log_softmax(-1)[torch.arange(len(batch.label_ids_L)),batch.label_ids_L]
-    s=torch.zeros(len(batch.lengths)).index_add_(0,batch.label_rows_L,lp).view(-1,2)
-    # index 0 = No, 1 = Yes
-    pred=s.argmax(1).tolist()
-    return sum(int(p==g) for p,g in zip(pred,batch.gold)),len(batch.gold),pred
+    """The tokenised share of one client."""
+
+    client_id: int
+    seed: int
+    per_client_batch_size: int
+    train_rows: list[Row]
+    val: list[Example]
+    val_items: list[EvalItem]
+
+    def train_batch(self, step: int) -> Batch:
+        """The client's `step`-th batch (from 0), always of `per_client_batch_size` rows.
+
+        A pure function of (seed, client_id, step): the batches walk through one permutation of the rows after
+        another, and a batch that begins at the end of one goes on into the next.
+        """
+        n = len(self.train_rows)
+        first = step * self.per_client_batch_size
+        places = [divmod(place, n) for place in range(first, first + self.per_client_batch_size)]
+        return collate([self.train_rows[epoch_order(self.seed, self.client_id, e, n)[place]] for e, place in places])
+
+    def eval_batches(self, batch_size: int) -> list[EvalBatch]:
+        """The held-out examples in order, at most `batch_size` rows a batch, but never less than one example."""
+        one_token = all(len(ids) == 1 for item in self.val_items for ids in item.choices)
+        rows_each = 1 if one_token or not self.val_items else len(self.val_items[0].choices)
+        size = max(1, batch_size // rows_each)
+        chunks = [self.val_items[first : first + size] for first in range(0, len(self.val_items), size)]
+        return [_one_token_batch(chunk) if one_token else _row_each_batch(chunk) for chunk in chunks]
+
+
+@lru_cache(maxsize=64)
+def epoch_order(seed: int, client_id: int, epoch: int, n: int) -> tuple[int, ...]:
+    """The order of a client's `n` rows in one epoch."""
+    return tuple(seeding.permutation(seeding.stream(seed, "order", client_id, epoch), n))
+
+
+def _one_token_batch(items: list[EvalItem]) -> EvalBatch:
+    lengths = tuple(len(item.prompt) for item in items)
+    return EvalBatch(
+        ids_BT=pad_rows([item.prompt for item in items]),
+        lengths=lengths,
+        label_rows_L=torch.arange(len(items)),
+        label_positions_L=torch.tensor(lengths, dtype=torch.int64) - 1,
+        label_ids_L=torch.tensor([item.choices[item.gold][0] for item in items], dtype=torch.int64),
+        gold=tuple(item.gold for item in items),
+        choice_ids_EC=torch.tensor([[ids[0] for ids in item.choices] for item in items], dtype=torch.int64),
+    )
+
+
+def _row_each_batch(items: list[EvalItem]) -> EvalBatch:
+    rows = [Row(ids=item.prompt + ids, prompt_len=len(item.prompt)) for item in items for ids in item.choices]
+    return EvalBatch(**vars(collate(rows)), gold=tuple(item.gold for item in items), choice_ids_EC=None)
+
+
+def score_eval(batch: EvalBatch, logits_LV: torch.Tensor) -> tuple[int, int, list[int]]:
+    """Number right, number of examples, and the predicted verbaliser of each, from the logits at the label positions.
+
+    An example's prediction is the verbaliser with the greatest log-probability, summed over its tokens.
+    """
+    if batch.choice_ids_EC is not None:
+        scores_EC = logits_LV.gather(1, batch.choice_ids_EC)
+    else:
+        logprobs_L = logits_LV.float().log_softmax(-1).gather(1, batch.label_ids_L[:, None])[:, 0]
+        scores_B = torch.zeros(len(batch.lengths)).index_add(0, batch.label_rows_L, logprobs_L)
+        scores_EC = scores_B.view(len(batch.gold), -1)
+    predictions: list[int] = scores_EC.argmax(dim=1).tolist()
+    correct = sum(predicted == gold for predicted, gold in zip(predictions, batch.gold, strict=True))
+    return correct, len(batch.gold), predictions
+
+
+def load_client_data(config: Config, client_id: int, tokenizer: Any) -> ClientData:
+    """Read, deal and tokenise what client `client_id` (from 0) owns.
+
+    Raises `DataError` for broken files, for a client without examples, and for prompts or answers that do not fit.
+    """
+    data = config.data
+    lengths = {"max_source_length": data.max_source_length, "max_target_length": data.max_target_length}
+    val = held_out_examples(config, client_id)
+    return ClientData(
+        client_id=client_id,
+        seed=config.train.seed,
+        per_client_batch_size=config.train.per_client_batch_size,
+        train_rows=[make_row(example, tokenizer, **lengths) for example in training_examples(config, client_id)],
+        val=val,
+        val_items=[_eval_item(example, tokenizer, data) for example in val],
+    )
+
+
+def _eval_item(example: Example, tokenizer: Any, data: DataConfig) -> EvalItem:
+    return EvalItem(
+        prompt=prompt_ids(example, tokenizer, data.max_source_length),
+        choices=[answer_ids(example, text, tokenizer, data.max_target_length) for text in example.verbalisers],
+        gold=example.label,
+    )
+
+
+def training_examples(config: Config, client_id: int) -> list[Example]:
+    """The client's own file, or its share of all clients' data."""
+    data, train = config.data, config.train
+    if data.partition == "files":
+        return _of_site(config, client_id, "train")
+    pool = _pool(config, "train")
+    if data.partition == "iid":
+        shares = partition.iid(len(pool), train.clients, train.seed)
+    else:
+        shares = partition.dirichlet([example.label for example in pool], train.clients, data.alpha, train.seed)
+    return [pool[index] for index in shares[client_id]]
+
+
+def held_out_examples(config: Config, client_id: int) -> list[Example]:
+    """At most `val_examples` of the client's own file, or of its equal share of a file (or data set) for all.
+
+    Held-out data is dealt evenly also where training data is skewed, so that all clients together score the same set.
+    """
+    data, train = config.data, config.train
+    if data.val_examples == 0 or (data.task != "ward_notes" and data.val_file is None):
+        return []
+    if data.partition == "files" and (data.task == "ward_notes" or CLIENT_ID in str(data.val_file)):
+        return _of_site(config, client_id, "val")[: data.val_examples]
+    pool = _pool(config, "val")
+    share = partition.iid(len(pool), train.clients, train.seed)[client_id]
+    return [pool[index] for index in share[: data.val_examples]]
+
+
+def _pool(config: Config, split: Split) -> list[Example]:
+    """Everybody's examples in one order: a shared file, or every site's in turn."""
+    path = config.data.train_file if split == "train" else config.data.val_file
+    if config.data.task == "ward_notes" or CLIENT_ID in str(path):
+        return [example for site in range(config.train.clients) for example in _of_site(config, site, split)]
+    return _of_site(config, 0, split)
+
+
+def _of_site(config: Config, site: int, split: Split) -> list[Example]:
+    """What one site's file holds, or what its generator gives."""
+    data, train = config.data, config.train
+    task = FORMATS[data.task]
+    if data.task != "ward_notes":
+        path = data.train_file if split == "train" else data.val_file
+        return read_examples(file_of_client(str(path), site), task, flag=f"--data.{split}_file")
+    count = data.train_examples if split == "train" else data.val_examples
+    records = ward_notes(site=site, sites=train.clients, split=split, count=count, seed=train.seed)
+    return [make_example(task, record, f"ward note {index} of site {site}") for index, record in enumerate(records)]

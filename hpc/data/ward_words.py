@@ -1,4 +1,4 @@
-"""The vocabulary of the ward notes: invented people, the specialities' conditions and drugs, sentences and questions."""
+"""The words of the ward notes: invented people, the specialities' conditions and drugs, sentences and questions."""
 
 from __future__ import annotations
 
@@ -75,42 +75,49 @@ KINDS = (("diagnosis", "history"), ("drug", "stopped", "allergy"))
 # One style for each site: field → ways to say it. A note is made of those of its facts.
 STYLES: tuple[Mapping[str, tuple[str, ...]], ...] = (
     {
-        "name": ("{name}, {age}, is on {ward} ward with {diagnosis}.", "On {ward} ward {name}, {age}, has {diagnosis}."),
-        "history": ("Past history of {history}.", "Had {history} years ago."),
-        "drug": ("Now takes {drug} {dose}.", "Treated with {drug} {dose}."),
-        "stopped": ("No longer takes {stopped}.", "The doctors stopped {stopped}."),
+        "name": (
+            "{name}, {age}, on {ward} ward, has {diagnosis}.",
+            "{name} is {age}, lies on {ward} ward and has {diagnosis}.",
+        ),
+        "history": ("{name} once had {history}.", "{name} has a history of {history}."),
+        "drug": ("{name} takes {drug}, {dose}.", "{name} is treated with {drug}, {dose}."),
+        "stopped": ("{name} no longer takes {stopped}.", "{name} stopped {stopped}."),
+        "allergy": ("{name} is allergic to {allergy}.", "{name} has an allergy to {allergy}."),
+        "potassium": ("The potassium is {potassium}.", "The potassium was {potassium}."),
+        "home": ("{name} goes home on {home}.", "{name} can leave on {home}."),
+    },
+    {
+        "name": (
+            "{ward} ward: {name} ({age}) has {diagnosis}.",
+            "{name} ({age}, {ward} ward) is in hospital for {diagnosis}.",
+        ),
+        "history": ("Once had {history}.", "Has a history of {history}."),
+        "drug": ("Takes {drug} ({dose}).", "Now treated with {drug} ({dose})."),
+        "stopped": ("No longer takes {stopped}.", "Stopped {stopped}."),
         "allergy": ("Allergic to {allergy}.", "Has an allergy to {allergy}."),
-        "potassium": ("Potassium is {potassium}.", "The potassium was {potassium}."),
-        "home": ("Goes home on {home}.", "Discharge on {home}."),
+        "potassium": ("Potassium is {potassium}.", "Potassium was {potassium}."),
+        "home": ("Goes home on {home}.", "Can leave on {home}."),
     },
     {
-        "name": ("{ward} ward: {name}, {age}. Diagnosis: {diagnosis}.", "{name} ({age}), {ward} ward. Problem: {diagnosis}."),
-        "history": ("History: {history}.", "Before: {history}."),
-        "drug": ("Drug: {drug} {dose}.", "Takes: {drug} {dose}."),
-        "stopped": ("Stopped: {stopped}.", "No more: {stopped}."),
-        "allergy": ("Allergy: {allergy}.", "Allergic to: {allergy}."),
-        "potassium": ("Potassium: {potassium}.", "Lab: potassium {potassium}."),
-        "home": ("Home: {home}.", "Discharge: {home}."),
-    },
-    {
-        "name": ("We saw {name}, aged {age}, on {ward} ward and found {diagnosis}.", "Thank you for sending {name} ({age}) with {diagnosis} to {ward} ward."),
-        "history": ("You mentioned earlier {history}.", "There was {history} before."),
-        "drug": ("We started {drug} {dose}.", "Please give {drug} {dose}."),
+        "name": (
+            "We saw {name}, aged {age}, on {ward} ward, who has {diagnosis}.",
+            "Your patient {name} ({age}) is on {ward} ward for {diagnosis}.",
+        ),
+        "history": ("You wrote of {history} in the past.", "There is a history of {history}."),
+        "drug": ("We started {drug}, {dose}.", "We treat with {drug}, {dose}."),
         "stopped": ("We stopped {stopped}.", "Please give no more {stopped}."),
-        "allergy": ("Note the allergy to {allergy}.", "Allergic to {allergy}, as you know."),
-        "potassium": ("We measured potassium: {potassium}.", "Potassium came back {potassium}."),
-        "home": ("We plan discharge on {home}.", "Expect discharge on {home}."),
+        "allergy": ("Note the allergy to {allergy}.", "The patient is allergic to {allergy}."),
+        "potassium": ("The potassium came back {potassium}.", "We found the potassium {potassium}."),
+        "home": ("We plan discharge on {home}.", "The discharge is on {home}."),
     },
 )
 
-# Field → questions, without the question mark, as BoolQ writes them.
+# Field → questions, without the question mark, as BoolQ writes them. The value comes last.
 QUESTIONS: Mapping[str, tuple[str, ...]] = {
-    "ward": ("is the ward of {name} {value}", "does {name} lie on {value}"),
     "diagnosis": ("does {name} have {value}", "is {name} in hospital for {value}"),
     "history": ("did {name} once have {value}", "does {name} have a history of {value}"),
     "drug": ("does {name} take {value}", "is {name} treated with {value}"),
-    "stopped": ("did {name} stop {value}", "did the doctors stop {value}"),
+    "stopped": ("did {name} stop {value}",),
     "allergy": ("is {name} allergic to {value}", "does {name} have an allergy to {value}"),
-    "potassium": ("is the potassium {value}", "is the potassium of {name} {value}"),
-    "home": ("does {name} go home on {value}", "is the discharge on {value}"),
+    "home": ("does {name} go home on {value}", "can {name} leave on {value}"),
 }

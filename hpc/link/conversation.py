@@ -14,7 +14,7 @@ from typing import Any
 
 from hpc.errors import HandshakeError, IdentityError, LinkError, ProtocolError, TamperError
 from hpc.link.cipher import NONCE_BYTES, TAG_BYTES, OpenSSLCipher
-from hpc.link.transport import Transport, peer_words, recv_bytes, send_bytes
+from hpc.link.transport import Pending, Transport, peer_words, post_bytes, recv_bytes, wait_all
 
 Value = str | int | float | bool
 Agreement = Mapping[str, Value]
@@ -29,17 +29,23 @@ class Conversation:
     def __init__(self, transport: Transport, timeout_s: float) -> None:
         self._transport, self._deadline = transport, time.monotonic() + timeout_s
         self._transcript = hashlib.sha256()
-        self._refused = False
+        self._sent: list[Pending] = []
+        self.may_refuse = True
+        """False once the peer no longer listens to refusals: it refused itself, or it is through."""
 
     def digest(self) -> bytes:
         """SHA-256 over every message so far, each with its length in front."""
         return self._transcript.digest()
 
     def say(self, kind: str, **fields: Value | bytes) -> None:
-        """Send a message; bytes travel as base64. Raises PeerLost."""
+        """Send a message; bytes travel as base64. Does not wait: the peer may be refusing just now."""
         data = _dump({"kind": kind} | fields)
         self._note(data)
-        send_bytes(self._transport, data, timeout_s=self._left(), what=f"the handshake ({kind})")
+        self._sent += post_bytes(self._transport, data)
+
+    def finish(self) -> None:
+        """Wait until everything said has left. Raises PeerLost."""
+        wait_all(self._sent, timeout_s=self._left(), what="the end of the handshake")
 
     def hear(self, expected: str, **types: type) -> dict[str, Any]:
         """The next message's fields, each of its type.
@@ -54,7 +60,7 @@ class Conversation:
         self._note(data)
         message = _load(data, what)
         if message.get("kind") == "refusal":
-            self._refused = True
+            self.may_refuse = False
             words = f"{self._transport.peer} refuses: {peer_words(str(message.get('reason', '')))}"
             raise IdentityError(words) if message.get("identity") is True else HandshakeError(words)
         if message.get("kind") != expected:
@@ -86,7 +92,7 @@ class Conversation:
         try:
             yield
         except (IdentityError, HandshakeError) as error:
-            if not self._refused:
+            if self.may_refuse:
                 self._refuse(str(error), identity=isinstance(error, IdentityError))
             self._transport.close()
             raise
@@ -97,7 +103,7 @@ class Conversation:
     def _refuse(self, reason: str, *, identity: bool) -> None:
         data = _dump({"kind": "refusal", "identity": identity, "reason": reason[:400]})
         with contextlib.suppress(LinkError):
-            send_bytes(self._transport, data, timeout_s=min(self._left(), _LAST_WORDS_S), what="a refusal")
+            wait_all(post_bytes(self._transport, data), timeout_s=min(self._left(), _LAST_WORDS_S), what="a refusal")
 
     def _note(self, data: bytes) -> None:
         self._transcript.update(len(data).to_bytes(8, "little") + data)

@@ -75,7 +75,9 @@ def client_handshake(
         transcript = talk.digest()
         keys = derive_keys(ephemeral.agree(hello["x25519"]), secret_server, secret_client, salt=transcript)
         talk.say_terms(keys.client_terms, agreement, facts or {})
+        talk.may_refuse = False  # the server's own terms are its last word
         their_agreement, their_facts = talk.hear_terms(keys.server_terms)
+        talk.finish()
     _agree(transport, agreement, their_agreement, peer=SERVER)
     return Session(
         peer_name=SERVER,
@@ -116,6 +118,7 @@ def server_handshake(
         keys = derive_keys(ephemeral.agree(hello["x25519"]), secret_server, secret_client, salt=transcript)
         their_agreement, their_facts = talk.hear_terms(keys.client_terms)
         talk.say_terms(keys.server_terms, agreement, facts or {})
+        talk.finish()
     _agree(transport, agreement, their_agreement, peer=name)
     return Session(
         peer_name=name,

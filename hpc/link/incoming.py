@@ -37,8 +37,9 @@ class Incoming:
         self._inline = INLINE_BYTES if transport.short_messages else 0
         self._header_end = PREFIX_BYTES + BODY_BYTES + cipher.overhead
         first = self._header_end + self._inline + cipher.overhead if self._inline else self._header_end
-        # Two: the next header's receive is posted before this one's payload is opened.
-        self._spare_firsts = deque(torch.empty(first, dtype=torch.uint8) for _ in range(2))
+        # Two: the next header's receive is posted before this one's payload is opened. Zeros, here and below: a
+        # message cut short must not be completed by what the memory held before.
+        self._spare_firsts = deque(torch.zeros(first, dtype=torch.uint8) for _ in range(2))
         self._first: tuple[Pending, torch.Tensor] | None = None
         self._landing = [torch.empty(0, dtype=torch.uint8)] * (_POSTED_CHUNKS + 1)
 
@@ -119,7 +120,7 @@ class Incoming:
     def _landing_of(self, size: int, slot: int) -> torch.Tensor:
         """Memory for a sealed chunk; a slot comes round again only when its chunk has been opened."""
         if self._landing[slot].numel() < size:
-            self._landing[slot] = torch.empty(size, dtype=torch.uint8)
+            self._landing[slot] = torch.zeros(size, dtype=torch.uint8)
         return self._landing[slot][:size]
 
     def _open(self, sealed: memoryview, aad: bytes, out: memoryview, what: str) -> None:

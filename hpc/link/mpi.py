@@ -97,9 +97,7 @@ class MpiTransport:
         self._check_open()
         view = payload_view(buffer)
         parts = _parts(view)
-        pending = _MpiPending(
-            [self._communicator.Irecv(part, self._other, _TAG) for part in parts], view, self.peer
-        )
+        pending = _MpiPending([self._communicator.Irecv(part, self._other, _TAG) for part in parts], view, self.peer)
         self._receives = [each for each in self._receives if each._requests]
         self._receives.append(pending)
         return pending

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from typing import NamedTuple
 
 import torch
 
@@ -25,18 +26,24 @@ _IN_FLIGHT_BYTES = 16 * 2**20  # sealed chunks that may wait for the peer before
 _FIRSTS_IN_FLIGHT = 16
 
 
+class _Message(NamedTuple):
+    tensor: torch.Tensor
+    view: memoryview  # of the tensor; kept, since making one costs microseconds
+
+
 class _Buffers:
     """Reusable messages of one size; one is taken again only when its own send is through."""
 
     def __init__(self, size: int, limit: int) -> None:
         self._size, self._left = size, limit
-        self.free: list[torch.Tensor] = []
+        self.free: list[_Message] = []
 
-    def take(self) -> torch.Tensor | None:
+    def take(self) -> _Message | None:
         """A message, or None when all are in flight."""
         if not self.free and self._left:
             self._left -= 1
-            return torch.empty(self._size, dtype=torch.uint8)
+            tensor = torch.empty(self._size, dtype=torch.uint8)
+            return _Message(tensor, payload_view(tensor))
         return self.free.pop() if self.free else None
 
 
@@ -53,7 +60,7 @@ class Outgoing:
         self._header_end = PREFIX_BYTES + BODY_BYTES + cipher.overhead
         self._firsts = _Buffers(self._header_end + self._inline + cipher.overhead, _FIRSTS_IN_FLIGHT)
         self._chunks = _Buffers(chunk_bytes + cipher.overhead, max(4, _IN_FLIGHT_BYTES // chunk_bytes))
-        self._in_flight: deque[tuple[Pending, torch.Tensor, _Buffers]] = deque()
+        self._in_flight: deque[tuple[Pending, _Message, _Buffers]] = deque()
 
     def plain_header(self, header: Header, tensor: torch.Tensor | None) -> bytes:
         """The next frame's header in plain bytes. Raises ProtocolError for one that does not fit."""
@@ -78,7 +85,7 @@ class Outgoing:
     def _send_first(self, plain_header: bytes, payload: memoryview) -> None:
         """The header, and a small payload right behind it."""
         message = self._take(self._firsts)
-        view, end = payload_view(message), self._header_end
+        view, end = message.view, self._header_end
         prefix, body = plain_header[:PREFIX_BYTES], plain_header[PREFIX_BYTES:]
         view[:PREFIX_BYTES] = prefix
         self._seal(body, prefix, view[PREFIX_BYTES:end])
@@ -89,7 +96,7 @@ class Outgoing:
 
     def _send_chunk(self, plain_header: bytes, plain: memoryview) -> None:
         message, end = self._take(self._chunks), len(plain) + self._cipher.overhead
-        self._seal(plain, plain_header, payload_view(message)[:end])
+        self._seal(plain, plain_header, message.view[:end])
         self._post(message, end, self._chunks)
 
     def _seal(self, plain: bytes | memoryview, aad: bytes, out: memoryview) -> None:
@@ -98,11 +105,11 @@ class Outgoing:
         self._nonces.advance()
         self._stats.seal_s += time.perf_counter() - start
 
-    def _post(self, message: torch.Tensor, end: int, buffers: _Buffers) -> None:
-        self._in_flight.append((self._transport.send(message[:end]), message, buffers))
+    def _post(self, message: _Message, end: int, buffers: _Buffers) -> None:
+        self._in_flight.append((self._transport.send(message.tensor[:end]), message, buffers))
         self._stats.wire_bytes_sent += end
 
-    def _take(self, buffers: _Buffers) -> torch.Tensor:
+    def _take(self, buffers: _Buffers) -> _Message:
         while (message := buffers.take()) is None:
             self._reclaim(self._timeout_s)
         return message

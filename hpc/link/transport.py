@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -58,19 +59,22 @@ def choose_transport(requested: str, *, under_mpi: bool, distinct_gpus: bool) ->
     return requested
 
 
-def send_bytes(transport: Transport, data: bytes, *, timeout_s: float, what: str) -> None:
-    """Send a length (8 bytes, little-endian) and the bytes, and wait until they have left."""
-    length = torch.tensor([len(data)], dtype=torch.int64)
-    pending = [transport.send(length.view(torch.uint8))]
-    if data:
-        pending.append(transport.send(torch.frombuffer(bytearray(data), dtype=torch.uint8)))
+def post_bytes(transport: Transport, data: bytes) -> list[Pending]:
+    """Send a length (8 bytes, little-endian) and the bytes, without waiting until they have left."""
+    length = torch.tensor([len(data)], dtype=torch.int64).view(torch.uint8)
+    parts = [length, torch.frombuffer(bytearray(data), dtype=torch.uint8)] if data else [length]
+    return [transport.send(part) for part in parts]
+
+
+def wait_all(pending: Iterable[Pending], *, timeout_s: float, what: str) -> None:
+    """Wait for each, `timeout_s` seconds in all. Raises PeerLost."""
     deadline = time.monotonic() + timeout_s
     for each in pending:
         each.wait(max(deadline - time.monotonic(), 0.0), what)
 
 
 def recv_bytes(transport: Transport, *, limit: int, timeout_s: float, what: str) -> bytes:
-    """Counterpart of `send_bytes`. Raises ProtocolError, before any allocation, beyond `limit` bytes."""
+    """Counterpart of `post_bytes`. Raises ProtocolError, before any allocation, beyond `limit` bytes."""
     deadline = time.monotonic() + timeout_s
     length = torch.zeros(1, dtype=torch.int64)
     transport.recv(length.view(torch.uint8)).wait(timeout_s, what)

@@ -40,6 +40,8 @@ _HF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Hugging Face's names of the special tokens → GGUF's.
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def smollm2_folder() -> Path:
@@ -86,6 +88,10 @@ def _field(reader: Any, name: str) -> Any:
     return reader.fields[name].contents()
 
 
+def _token_id(reader: Any, gguf_name: str) -> int:
+    return int(_field(reader, f"tokenizer.ggml.{gguf_name}_token_id"))
+
+
 def hf_name(gguf_name: str) -> str:
     """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`."""
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", gguf_name)
@@ -117,8 +123,7 @@ def _write_weights(reader: Any, folder: Path, heads: int, kv_heads: int) -> None
 def _write_configs(reader: Any, folder: Path, heads: int, kv_heads: int) -> None:
     from transformers import GenerationConfig, LlamaConfig
 
-    ids = {name: int(_field(reader, f"tokenizer.ggml.{gguf}_token_id")) for name, gguf in
-           (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding"))}  # fmt: skip
+    ids: dict[str, Any] = {f"{name}_id": _token_id(reader, _SPECIAL[name]) for name in _SPECIAL if name != "unk_token"}
     config = LlamaConfig(
         vocab_size=int(_field(reader, "llama.vocab_size")),
         hidden_size=int(_field(reader, "llama.embedding_length")),
@@ -152,8 +157,7 @@ def _write_tokenizer(reader: Any, folder: Path) -> None:
     types = _field(reader, "tokenizer.ggml.token_type")
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    named = {name: tokens[int(_field(reader, f"tokenizer.ggml.{gguf}_token_id"))] for name, gguf in
-             (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))}  # fmt: skip
+    named = {name: tokens[_token_id(reader, gguf)] for name, gguf in _SPECIAL.items()}
     fast = PreTrainedTokenizerFast(
         tokenizer_object=bpe, model_max_length=int(_field(reader, "llama.context_length")), **named
     )

@@ -1,4 +1,4 @@
-"""`tiny-llama`: a small random Llama with a byte-level tokenizer, for tests and dry runs. The same seed, the same bits."""
+"""`tiny-llama`: a small random Llama with a byte-level tokenizer, for tests. The same seed gives the same bits."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 FILE_NAME = "metrics.jsonl"
 CLIENT_SECONDS = ("head", "tail", "seal", "open", "wire", "wait", "total")
@@ -140,12 +140,10 @@ class EventLog:
     """Appends events to a role's file; every line is flushed, so a crash leaves whole lines."""
 
     def __init__(self, path: str | Path, *, role: str | None = None) -> None:
-        """`role`: by default the name of the file's folder."""
+        """`role`: by default the name of the file's folder. Nothing is created before the first event."""
         self.path = Path(path)
         self.role = role or self.path.parent.name
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_cut_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file: TextIO | None = None
 
     def write(self, event: AnyEvent) -> None:
         self.note(event.name, **asdict(event))
@@ -153,11 +151,18 @@ class EventLog:
     def note(self, name: str, **fields: Any) -> None:
         """An event without a class of its own, e.g. `note("peer_lost", step=7, client_id=1)`."""
         line = {"event": name, "time": time.time(), "role": self.role, **fields}
+        self._file = self._file or self._open()
         self._file.write(json.dumps(encode(line), allow_nan=False) + "\n")
         self._file.flush()
 
+    def _open(self) -> TextIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_cut_line(self.path)
+        return self.path.open("a", encoding="utf-8")
+
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> EventLog:
         return self

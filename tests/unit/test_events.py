@@ -92,5 +92,5 @@ def test_evaluations_of_different_clients_at_one_step_all_count() -> None:
 
 def test_roles_come_trunk_first_and_by_number(tmp_path: Path) -> None:
     for role in ("baseline", "client-10", "client-9", "trunk-0"):
-        e.EventLog(e.role_path(tmp_path, role)).close()
+        e.EventLog(e.role_path(tmp_path, role)).write(e.Started())
     assert list(e.role_files(tmp_path)) == ["trunk-0", "client-9", "client-10", "baseline"]

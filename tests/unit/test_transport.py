@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpc.errors import PeerLost, ProtocolError, TamperError, TopologyError
-from hpc.link.transport import choose_transport, loopback_pair, peer_words, recv_bytes, send_bytes
+from hpc.link.transport import choose_transport, loopback_pair, peer_words, post_bytes, recv_bytes, wait_all
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_nccl_without_gpu_says_so() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(TopologyError, match="--link.transport nccl"):
+    with pytest.raises(TopologyError, match=r"--link\.transport nccl"):
         require_nccl()
 
 
@@ -102,10 +102,9 @@ def test_too_long_message_is_refused() -> None:
 @pytest.mark.parametrize("data", [b"", b"x", bytes(5000)])
 def test_bytes_travel_with_their_length(data: bytes) -> None:
     here, there = loopback_pair()
-    sender = threading.Thread(target=send_bytes, args=(here, data), kwargs={"timeout_s": 5.0, "what": "a test"})
-    sender.start()
+    pending = post_bytes(here, data)
     assert recv_bytes(there, limit=5000, timeout_s=5.0, what="a test") == data
-    sender.join()
+    wait_all(pending, timeout_s=1.0, what="a test")
 
 
 @pytest.mark.parametrize("size", [-1, 101, 2**62])
