@@ -128,13 +128,12 @@ def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
     said = []
     for path in sorted(words.glob("*.txt"), key=lambda p: p.stat().st_mtime_ns):
         code, _, text = path.read_text().partition("\n")
-        said.append((int(code), text))
+        said.append(RoleFailed(text, int(code)))
     if said:
-        code, text = next((pair for pair in said if pair[0] == 2), said[0])
-        return RoleFailed(text, code)
-    code = failed[0].returncode
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return RoleFailed(f"a process of the run {how} without a word; run with more memory, or see above", 1)
+        return next((each for each in said if each.exit_code == 2), said[0])
+    status: int = failed[0].returncode
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
+    return RoleFailed(f"a process of the run {how} without a word; see above for what it printed", 1)
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

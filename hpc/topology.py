@@ -58,12 +58,13 @@ def read_world(environ: Mapping[str, str]) -> World:
             master_port=_number(environ, "MASTER_PORT", DEFAULT_PORT),
             agent_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
-    for rank, size, local in (
+    for rank_name, size_name, local in (
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
         ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     ):
-        if rank in environ and size in environ:
-            return _meeting_later(environ, "mpi", _number(environ, rank), _number(environ, size), local)
+        if rank_name in environ and size_name in environ:
+            rank, size = _number(environ, rank_name), _number(environ, size_name)
+            return _meeting_later(environ, "mpi", rank, size, local)
     if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ:
         rank, size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
         return _meeting_later(environ, "slurm", rank, size, "SLURM_LOCALID")

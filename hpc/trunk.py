@@ -12,6 +12,7 @@ import torch
 from hpc.config import Config
 from hpc.model.part import Part
 from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
+from hpc.quiet import quiet
 from hpc.trunk_config import read_deepspeed_json, zero_stage
 
 
@@ -40,8 +41,6 @@ class Trunk:
             part.to(device)
 
     def _initialise(self, settings: dict[str, Any]) -> Any:
-        import deepspeed
-
         full = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -50,12 +49,15 @@ class Trunk:
             "steps_per_print": 2**31,
             **settings,
         }
-        engine, *_ = deepspeed.initialize(
-            model=self.part,
-            optimizer=make_adamw(self.parameters, self._train),
-            config=full,
-            dist_init_required=False,
-        )
+        with quiet():  # it compiles an operator and says so
+            import deepspeed
+
+            engine, *_ = deepspeed.initialize(
+                model=self.part,
+                optimizer=make_adamw(self.parameters, self._train),
+                config=full,
+                dist_init_required=False,
+            )
         return engine
 
     def forward(self, smashed_BTD: torch.Tensor, *, input_learns: bool) -> torch.Tensor:

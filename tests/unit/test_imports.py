@@ -20,6 +20,7 @@ FLOORS = {
     "hpc.trunk_config": 1,
     "hpc.ragged": 1,
     "hpc.stopwatch": 1,
+    "hpc.quiet": 1,
     "hpc.link.frame": 1,
     "hpc.link.cipher": 1,
     "hpc.report.events": 1,
