@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from hpc.agreement import agreement
+from hpc.checkpoint import checkpoint_folder, commit, read_role, write_role
 from hpc.config import Config
 from hpc.data.collate import Batch, union
 from hpc.data.dataset import ClientData, score_eval
@@ -20,7 +23,9 @@ from hpc.model.cut import Cut
 from hpc.model.part import LabelPositions, Part
 from hpc.optim import LossScale, clip_factor, global_norm, learning_rate, square_sum
 from hpc.report.events import Evaluation, EventLog, WholeStep
-from hpc.schedule import Evaluate, HandOver, TrainStep, batch_index, clients_of_step, instructions, total_steps
+from hpc.schedule import Evaluate, HandOver, Save, TrainStep, batch_index, clients_of_step, instructions, total_steps
+
+ROLE = "centralised"
 
 
 class Centralised:
@@ -46,15 +51,22 @@ class Centralised:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
 
-    def run(self, after_step: Callable[[int], None] = lambda step: None) -> None:
-        """The whole run, in the order of the schedule."""
-        for instruction in instructions(self.train, evaluate=self.config.data.evaluates):
+    def run(self, folder: Path, *, start: int = 0, after_step: Callable[[int], None] = lambda step: None) -> None:
+        """The whole run, in the order of the schedule, from the checkpoint at `start` in `folder` if that is not 0."""
+        if start:
+            state, facts = read_role(checkpoint_folder(folder, start), ROLE)
+            self.learner.load_state(state)
+            self.loss_scale.load(facts)
+        for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=start):
             match instruction:
                 case TrainStep():
                     self.train_step(instruction.step)
                     after_step(instruction.step)
                 case Evaluate():
                     self.evaluate(instruction.step)
+                case Save():
+                    write_role(folder, instruction.step, ROLE, self.learner.state(), self.loss_scale.state())
+                    commit(folder, instruction.step, agreement(self.config))
                 case HandOver():
                     pass  # one process holds everything
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from hpc.checkpoint import checkpoint_folder, read_role, write_role
 from hpc.config import Config
 from hpc.data.collate import Batch
 from hpc.data.dataset import ClientData, score_eval
@@ -23,7 +25,7 @@ from hpc.model.part import LabelPositions, Part
 from hpc.optim import LossScale, clip_factor, learning_rate
 from hpc.ragged import pack, pad
 from hpc.report.events import ClientStep, Evaluation, EventLog
-from hpc.schedule import Evaluate, HandOver, TrainStep, batch_index, instructions, total_steps
+from hpc.schedule import Evaluate, HandOver, Save, TrainStep, batch_index, instructions, total_steps
 from hpc.stopwatch import Stopwatch
 
 LOSS_NOT_FINITE = 1  # header flag
@@ -44,9 +46,11 @@ class Client:
         peers: PeerKeys | None,
         log: EventLog,
         device: torch.device,
+        folder: Path,
+        start: int = 0,
         before_step: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self._before_step = before_step
+        self._before_step, self.folder, self.start = before_step, folder, start
         self.client_id, self.config, self.train = client_id, config, config.train
         self.head, self.tail = head.to(device), tail.to(device)
         self.data, self.channel, self.peers, self.log, self.device = data, channel, peers, log, device
@@ -55,6 +59,8 @@ class Client:
         self.loss_scale = LossScale.for_dtype(config.model.dtype)
         self.steps = total_steps(config.train)
         self._watch = Stopwatch()
+        if start:
+            self._resume()
         self._eval_batches = data.eval_batches(config.train.eval_batch_size)
 
     def open(self) -> None:
@@ -73,7 +79,7 @@ class Client:
 
         `open` comes first.
         """
-        for instruction in instructions(self.train, evaluate=self.config.data.evaluates):
+        for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=self.start):
             match instruction:
                 case TrainStep() if self.client_id in instruction.clients:
                     self._before_step(instruction.step)
@@ -82,6 +88,8 @@ class Client:
                     self.evaluate(instruction.step)
                 case HandOver():
                     self.hand_over(instruction)
+                case Save():
+                    self.save(instruction.step)
         before_goodbye()
         self.channel.send(Header(kind=Kind.BYE))
         self.channel.recv(Kind.BYE)
@@ -187,6 +195,16 @@ class Client:
         elif self.client_id in order.receivers:
             sealed = tensor_of(self.channel.recv(Kind.HANDOVER))
             self.learner.load_state(self.peers.open(order.sender, sealed))
+
+    def save(self, step: int) -> None:
+        """Write the client parts beside the others' files; they never leave this client."""
+        write_role(self.folder, step, f"client-{self.client_id}", self.learner.state(), self.loss_scale.state())
+        self.channel.send(Header(kind=Kind.READY, step=step))
+
+    def _resume(self) -> None:
+        state, facts = read_role(checkpoint_folder(self.folder, self.start), f"client-{self.client_id}")
+        self.learner.load_state(state)
+        self.loss_scale.load(facts)
 
     def _send(self, kind: Kind, step: int, hidden_BTD: torch.Tensor, batch: Batch, *, flags: int = 0) -> None:
         header = Header(kind=kind, step=step, lengths=batch.lengths, weight=float(batch.label_tokens), flags=flags)

@@ -178,6 +178,8 @@ class TrainConfig:
     """`centralised`: the clients' batches as one step, or client by client."""
     eval_every: int = 0
     """Evaluate every so many steps; 0: before and after training only."""
+    save_every: int = 0
+    """Write a checkpoint every so many steps; 0: none."""
     eval_batch_size: int = 16
     """Rows of one client in one evaluation batch."""
     seed: int = 0
@@ -186,7 +188,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("clients", "per_client_batch_size", "eval_batch_size", "sync_every"):
             require_at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("max_steps", "rounds", "warmup_steps", "weight_decay", "max_grad_norm", "eval_every", "seed"):
+        for name in (
+            "max_steps",
+            "rounds",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "eval_every",
+            "save_every",
+            "seed",
+        ):
             require_at_least(f"train.{name}", getattr(self, name), 0)
         require(self.learning_rate > 0, f"--train.learning_rate is {self.learning_rate}; it must be above 0")
         for name in ("per_client_batch_size", "eval_batch_size"):
@@ -266,6 +277,8 @@ class RunConfig:
     """Name of the run; its output goes to results/runs/<name>. Empty: date, time and schedule."""
     output_dir: Optional[str] = None
     """Output folder instead of results/runs/<name>."""
+    resume_from_checkpoint: Optional[str] = None
+    """Go on from `latest` or `checkpoint-<step>` in the run's folder, as if it had never stopped."""
     report_to: List[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
     """Further sinks beside metrics.jsonl."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -279,6 +292,10 @@ class RunConfig:
         require(
             self.name == "" or re.fullmatch(r"(?!\.)[\w.+-][\w.+ -]*", self.name) is not None,
             f"--run.name {self.name!r} must be one folder name: letters, digits, '.', '_', '+', '-' and spaces",
+        )
+        require(
+            self.resume_from_checkpoint is None or self.folder is not None,
+            "--run.resume_from_checkpoint needs to know the run: give its --run.name or --run.output_dir",
         )
         require_at_least("run.threads", self.threads, 0)
         require_at_least("run.baseline_steps", self.baseline_steps, 0)

@@ -33,6 +33,10 @@ class TopologyError(BadInput):
     """The number of processes, or the variables they were started with, do not fit the configuration."""
 
 
+class CheckpointError(BadInput):
+    """A checkpoint is missing, broken, or was made with other settings."""
+
+
 class IdentityError(BadInput):
     """A key is missing, readable by others, unknown, revoked or not the pinned one."""
 

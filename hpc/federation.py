@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from hpc import __version__
 from hpc.aggregate import TrunkGroup
+from hpc.agreement import agreement
 from hpc.baseline import BaselineTurns, await_baseline, run_baseline
+from hpc.checkpoint import checkpoint_folder, find, read_role
 from hpc.config import Config
 from hpc.errors import HpcError
 from hpc.launcher import BASELINE
@@ -59,7 +60,13 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
         group = TrunkGroup(place.index, config.trunk.ranks, config.link.timeout_s)
         part = builder.part("trunk")
         keys_read = len(builder.source.keys_read)
+        start = meeting.start_step(folder)
+        tensors, facts = read_role(checkpoint_folder(folder, start), "trunk") if start else ({}, {})
+        if start:
+            part.load_trainable(tensors)
         trunk = Trunk(part, config, ranks=config.trunk.ranks, device=device)
+        if start:
+            trunk.load_moments(tensors)
         events, reports = EventLog(role_path(folder, place.name)), place.index == 0
         server = Server(
             config=config,
@@ -70,12 +77,15 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
             hidden_size=builder.hidden_size,
             dtype=builder.dtype,
             log=events,
+            folder=folder,
+            start=start,
         )
+        server.loss_scale.load(facts)
         server.open()
         # Every role is up: only now is anything written.
         if reports:
             save_config(folder, yaml)
-        events.write(Started())
+        events.write(Started(step=start))
         progress = Progress(
             folder, total_steps=total_steps(config.train), clients_per_step=len(clients_of_step(config.train, 0))
         )
@@ -110,7 +120,8 @@ def run_client(config: Config, place: Place) -> None:
         channels[0], _ = open_client_channel(
             meeting.link(client_id), link=config.link, client_id=client_id, agreement=agreement(config)
         )
-        folder = meeting.output_folder()
+        folder = Path(meeting.output_folder())
+        start = meeting.start_step(folder)
         builder = ModelBuilder.of(config)
         data = load_client_data(config, client_id, load_tokenizer(builder.resolver))
         head, tail = builder.client_parts()
@@ -131,10 +142,12 @@ def run_client(config: Config, place: Place) -> None:
             peers=peers,
             log=events,
             device=device_of(config, place),
+            folder=folder,
+            start=start,
             before_step=await_baseline(meeting, config) if BASELINE in os.environ else lambda step: None,
         )
         client.open()
-        events.write(Started())
+        events.write(Started(step=start))
 
         def last_event() -> None:
             events.write(_ended(parameters, len(builder.source.keys_read), meeting.transport_name))
@@ -148,28 +161,19 @@ def run_centralised(config: Config, yaml: str) -> None:
     from hpc.baseline import build_centralised
 
     folder = Path(config.run.folder or made_up_folder(config))
+    wanted = config.run.resume_from_checkpoint
+    start = find(folder, wanted, agreement(config)) if wanted else 0
     save_config(folder, yaml)
     with EventLog(role_path(folder, "centralised")) as events:
-        events.write(Started())
+        events.write(Started(step=start))
         from hpc.report.progress import Progress
 
         progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=1)
         model, builder = build_centralised(config, events)
-        model.run(after_step=lambda step: progress.poll())
+        model.run(folder, start=start, after_step=lambda step: progress.poll())
         events.write(_ended({"model": count_parameters(model.model)}, len(builder.source.keys_read), None))
         progress.close()
     report(config, folder)
-
-
-def agreement(config: Config) -> dict[str, str]:
-    """What both ends must have alike; the handshake compares it key by key and names what differs."""
-    agreed = {"hpc.version": __version__, "trunk.ranks": str(config.trunk.ranks)}
-    for group in ("model", "adapter", "train"):
-        values = vars(getattr(config, group))
-        agreed |= {f"{group}.{key}": str(value) for key, value in values.items()}
-    agreed["model.name_or_path"] = Path(config.model.name_or_path).name
-    agreed["data.val_examples"] = str(config.data.val_examples if config.data.evaluates else 0)
-    return agreed
 
 
 def head_learns(config: Config) -> bool:

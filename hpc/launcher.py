@@ -43,7 +43,8 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="hpc-") as words, _listen(config.link.port) as listener:
         environ = {**child_environment(os.environ), LAST_WORDS: words, "MASTER_ADDR": "127.0.0.1"}
         environ["MASTER_PORT"] = str(listener.getsockname()[1])
-        if config.run.baseline_steps:
+        compares = config.run.baseline_steps > 0 and config.run.resume_from_checkpoint is None
+        if compares:
             environ[BASELINE] = "1"
         command = [sys.executable, str(script), *arguments]
         if config.link.transport == "mpi":
@@ -51,7 +52,7 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
             processes = [_start([*mpirun(config.world_size), *command], environ)]
         else:
             processes = _start_ranks(config.world_size, command, environ, listener)
-        if config.run.baseline_steps:
+        if compares:
             processes.append(_start(command, {**environ, BASELINE: "me"}))
         try:
             _watch(processes, Path(words))

@@ -6,7 +6,7 @@ Everything here is a pure function of numbers that all roles know, so all roles 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -90,3 +90,12 @@ class LossScale:
             self.value = max(1.0, self.value / 2)
         elif self.good_steps % self.grow_every == 0:
             self.value *= 2
+
+    def state(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {"loss_scale": self.value, "good_steps": float(self.good_steps)}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """The inverse of `state`; an empty one changes nothing."""
+        self.value = state.get("loss_scale", self.value)
+        self.good_steps = int(state.get("good_steps", self.good_steps))

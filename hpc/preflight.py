@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hpc.agreement import agreement
 from hpc.config import Config
 from hpc.errors import ConfigError
 from hpc.model.source import cut_of, read_config, resolve
@@ -16,7 +17,7 @@ from hpc.trunk_config import read_deepspeed_json, zero_stage
 
 def check(config: Config) -> None:
     """Raise a `BadInput` error for the first thing that would stop the run."""
-    check_output(config.run.folder)
+    check_output(config)
     raw_config = read_config(resolve(config.model))
     cut_of(config.model, raw_config)
     _check_tied(config, bool(raw_config.get("tie_word_embeddings", False)))
@@ -28,18 +29,27 @@ def check(config: Config) -> None:
         )
 
 
-def check_output(folder: str | None) -> None:
-    """Raise `ConfigError` if the folder holds a finished run, or cannot be written."""
+def check_output(config: Config) -> None:
+    """Raise a `BadInput` error if the folder holds a finished run, lacks the checkpoint, or cannot be written."""
+    folder, wanted = config.run.folder, config.run.resume_from_checkpoint
     if folder is None:
         return
     path = Path(folder)
-    if (path / "summary.json").exists():
-        raise ConfigError(f"{folder} holds a finished run; choose another --run.name or --run.output_dir, or remove it")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--run.output_dir {folder} is a file; give a folder")
     nearest = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     if not os.access(nearest, os.W_OK):
         raise ConfigError(f"--run.output_dir {folder} cannot be written: no permission in {nearest}")
+    if wanted is not None:
+        from hpc.checkpoint import find
+
+        find(folder, wanted, agreement(config))
+    elif (path / "summary.json").exists() or any(path.glob("checkpoint-*/manifest.json")):
+        kind = "finished run" if (path / "summary.json").exists() else "run that stopped"
+        raise ConfigError(
+            f"{folder} holds a {kind}; go on from its last checkpoint with --run.resume_from_checkpoint latest, "
+            "or choose another --run.name or --run.output_dir"
+        )
 
 
 def _check_tied(config: Config, tied: bool) -> None:

@@ -7,10 +7,13 @@ import secrets
 import socket
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from hpc.agreement import agreement
+from hpc.checkpoint import find
 from hpc.config import Config
 from hpc.errors import PeerLost, TopologyError
 from hpc.launcher import STORE_FD
@@ -19,7 +22,7 @@ from hpc.link.transport import Transport, choose_transport
 from hpc.process import device_of
 from hpc.topology import Place
 
-FOLDER_KEY, RUN_KEY = "run/folder", "run/id"
+FOLDER_KEY, RUN_KEY, START_KEY = "run/folder", "run/id", "run/start"
 
 
 class Rendezvous:
@@ -102,6 +105,15 @@ class Rendezvous:
             self.store.set(FOLDER_KEY, folder)
             return folder
         return configured or self.store.get(FOLDER_KEY).decode()
+
+    def start_step(self, folder: Path) -> int:
+        """Where the run begins: 0, or the step of the checkpoint that trunk rank 0 found in its folder."""
+        wanted = self.config.run.resume_from_checkpoint
+        if wanted is None:
+            return 0
+        if self.place.name == "trunk-0":
+            self.store.set(START_KEY, str(find(folder, wanted, agreement(self.config))))
+        return int(self.store.get(START_KEY))
 
     def run_id(self) -> str:
         """A name that no other run has; clients bind their keys for each other to it."""

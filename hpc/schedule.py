@@ -35,7 +35,14 @@ class Evaluate:
     step: int
 
 
-Instruction = TrainStep | HandOver | Evaluate
+@dataclass(kw_only=True, frozen=True)
+class Save:
+    """Every role writes its state after `step` optimiser steps; then the checkpoint is committed."""
+
+    step: int
+
+
+Instruction = TrainStep | HandOver | Evaluate | Save
 
 
 def total_steps(train: TrainConfig) -> int:
@@ -60,12 +67,25 @@ def clients_of_step(train: TrainConfig, step: int) -> tuple[int, ...]:
     return tuple(range(train.clients))
 
 
-def instructions(train: TrainConfig, *, evaluate: bool) -> Iterator[Instruction]:
-    """The whole run. With `evaluate`, before the first step, every `eval_every` steps, and after the last."""
+def instructions(train: TrainConfig, *, evaluate: bool, start: int = 0) -> Iterator[Instruction]:
+    """The run from the checkpoint at `start` (0: from the beginning).
+
+    With `evaluate`, before the first step, every `eval_every` steps, and after the last.
+    """
+    if start == 0:
+        yield from _whole(train, evaluate)
+        return
+    # Who holds the newest parts follows from what was skipped, so the stream is the same with its beginning cut off.
+    yield from (i for i in _whole(train, evaluate) if i.step >= start and i != Save(step=start))
+
+
+def _whole(train: TrainConfig, evaluate: bool) -> Iterator[Instruction]:
     everyone = tuple(range(train.clients))
     current, holder = set(everyone), 0  # clients whose parts are the newest, and one of them
     steps = total_steps(train)
     for step in range(steps + 1):
+        if step and train.save_every and step % train.save_every == 0:
+            yield Save(step=step)
         if evaluate and (step in (0, steps) or (train.eval_every and step % train.eval_every == 0)):
             if train.hands_over and (stale := tuple(c for c in everyone if c not in current)):
                 yield HandOver(step=step, sender=holder, receivers=stale)

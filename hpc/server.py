@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from hpc.aggregate import TrunkGroup
+from hpc.agreement import agreement
+from hpc.checkpoint import commit, write_role
 from hpc.config import Config
 from hpc.errors import NonFinite, ProtocolError
 from hpc.link.channel import Channel
@@ -19,7 +22,7 @@ from hpc.link.stats import LinkStats
 from hpc.optim import LossScale, clip_factor, global_norm, learning_rate, square_sum
 from hpc.ragged import pack, pad
 from hpc.report.events import EventLog, TrunkStep
-from hpc.schedule import Evaluate, HandOver, TrainStep, instructions, total_steps
+from hpc.schedule import Evaluate, HandOver, Save, TrainStep, instructions, total_steps
 from hpc.stopwatch import Stopwatch
 from hpc.trunk import Trunk
 
@@ -40,7 +43,10 @@ class Server:
         hidden_size: int,
         dtype: torch.dtype,
         log: EventLog,
+        folder: Path,
+        start: int = 0,
     ) -> None:
+        self.folder, self.start = folder, start
         self.config, self.train, self.trunk, self.channels, self.group = config, config.train, trunk, channels, group
         self.head_learns, self.log, self.device = head_learns, log, trunk.device
         self.loss_scale = LossScale.for_dtype(config.model.dtype)
@@ -68,7 +74,7 @@ class Server:
 
     def run(self, after_step: Callable[[int], None] = lambda step: None) -> None:
         """The whole run, in the order of the schedule. `open` comes first."""
-        for instruction in instructions(self.train, evaluate=self.config.data.evaluates):
+        for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=self.start):
             match instruction:
                 case TrainStep():
                     self.serve_step(instruction)
@@ -77,6 +83,8 @@ class Server:
                     self.serve_evaluation(instruction)
                 case HandOver():
                     self.relay(instruction)
+                case Save():
+                    self.save(instruction.step)
         for channel in self.channels.values():
             channel.recv(Kind.BYE)
         self.group.barrier()
@@ -166,6 +174,17 @@ class Server:
             sealed = self.group.share(sealed, owner=self.group.rank_of_client(order.sender))
             if receiver in self.channels:
                 self.channels[receiver].send(Header(kind=Kind.HANDOVER, step=order.step), sealed)
+
+    def save(self, step: int) -> None:
+        """Write the trunk's state; the checkpoint exists once every role has written its own."""
+        state = self.trunk.state()
+        if self.group.rank == 0:
+            write_role(self.folder, step, "trunk", state, self.loss_scale.state())
+        for client in self.channels:
+            self._recv(client, Kind.READY, step)
+        self.group.barrier()
+        if self.group.rank == 0:
+            commit(self.folder, step, agreement(self.config))
 
     def _recv(self, client: int, kind: Kind, step: int) -> Frame:
         frame = self.channels[client].recv(kind, device=self.device)

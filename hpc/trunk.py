@@ -15,18 +15,23 @@ from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
 from hpc.quiet import quiet
 from hpc.trunk_config import read_deepspeed_json, zero_stage
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class Trunk:
     """The middle blocks of one trunk rank. All trunk ranks call the same methods in the same order."""
 
     def __init__(self, part: Part, config: Config, *, ranks: int, device: torch.device) -> None:
+        self._hidden_size = int(part.model.config.hidden_size)
+        self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.part, self.ranks, self.device = part, ranks, device
         self._train = config.train
         self.learns = bool(part.trainable())
         self._engine: Any = None
         self._out: torch.Tensor | None = None
         self._smashed: torch.Tensor | None = None
-        self.parameters = list(part.trainable().values())
+        self._named = part.trainable()
+        self.parameters = list(self._named.values())
         if config.trunk.activation_checkpointing:
             part.model.gradient_checkpointing_enable({"use_reentrant": False})
             part.train()
@@ -121,6 +126,55 @@ class Trunk:
         if self.learns:
             self._scale(0.0)
             self._engine.optimizer.zero_grad()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Trainable parameters and AdamW state by name, in float32, whole on every rank. Collective at ZeRO 1-3."""
+        if not self.learns:
+            return {}
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self._named.items():
+            for key in ("parameter", *MOMENTS):
+                state[f"{key}/{name}"] = self._full(parameter, key)
+        state["step"] = next(iter(self._inner_state()))["step"].clone()
+        return state
+
+    def load_moments(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up AdamW's state from `state()`. The parameters must have been loaded before this trunk was made."""
+        if not self.learns:
+            return
+        self._make_moments()
+        for inner in self._inner_state():
+            inner["step"].copy_(state["step"])
+        for name, parameter in self._named.items():
+            for key in MOMENTS:
+                if self.stage == 0:
+                    self._engine.optimizer.state[parameter][key].copy_(state[f"{key}/{name}"])
+                else:
+                    from deepspeed.utils import safe_set_full_optimizer_state
+
+                    safe_set_full_optimizer_state(parameter, state[f"{key}/{name}"].to(self.device), key)
+
+    def _make_moments(self) -> None:
+        """A step at rate 0 with zero gradients changes no parameter, but makes PyTorch create AdamW's state."""
+        zero_BTD = torch.zeros(1, 1, self._hidden_size, dtype=self._dtype, device=self.device)
+        self.backward(torch.zeros_like(self.forward(zero_BTD, input_learns=True)))
+        set_learning_rate(self._engine.optimizer, 0.0)
+        self._engine.step()
+
+    def _inner_state(self) -> list[dict[str, torch.Tensor]]:
+        optimiser = self._engine.optimizer
+        return list((optimiser if self.stage == 0 else optimiser.optimizer).state.values())
+
+    def _full(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if key == "parameter":
+            found = parameter.detach() if self.stage == 0 else safe_get_full_fp32_param(parameter)
+        elif self.stage == 0:
+            found = self._engine.optimizer.state[parameter][key]
+        else:
+            found = safe_get_full_optimizer_state(parameter, key)
+        return torch.as_tensor(found).clone()
 
     def _scale(self, factor: float) -> None:
         if self.stage == 0:

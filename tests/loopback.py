@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from hpc.aggregate import TrunkGroup
 from hpc.centralised import Centralised
+from hpc.checkpoint import checkpoint_folder, read_role
 from hpc.client import Client
 from hpc.config import Config
 from hpc.data.dataset import load_client_data
@@ -64,7 +65,9 @@ def channel_pair(encryption: str, wrap: Callable[[Any], Any] = lambda transport:
     return channel(wrap(client_side), *KEYS, "server"), channel(wrap(server_side), *KEYS[::-1], "client")
 
 
-def run_split(config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lambda t: t, peers: Any = None) -> Outcome:
+def run_split(
+    config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lambda t: t, peers: Any = None, start: int = 0
+) -> Outcome:
     """Train as `config` says, every role a thread; raises what the first failing role raised."""
     one_rank_group()
     pairs = [channel_pair(config.link.encryption, wrap) for _ in range(config.train.clients)]
@@ -84,6 +87,8 @@ def run_split(config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lamb
             peers=peers[client_id] if peers else None,
             log=EventLog(role_path(folder, f"client-{client_id}")),
             device=torch.device("cpu"),
+            folder=folder,
+            start=start,
         )
         clients[client_id].open()
         clients[client_id].run()
@@ -98,7 +103,13 @@ def run_split(config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lamb
                 channel.close()
 
     builder = ModelBuilder.of(config)
-    trunk = Trunk(builder.part("trunk"), config, ranks=1, device=torch.device("cpu"))
+    part = builder.part("trunk")
+    state = read_role(checkpoint_folder(folder, start), "trunk")[0] if start else {}
+    if start:
+        part.load_trainable(state)
+    trunk = Trunk(part, config, ranks=1, device=torch.device("cpu"))
+    if start:
+        trunk.load_moments(state)
     server = Server(
         config=config,
         trunk=trunk,
@@ -108,6 +119,8 @@ def run_split(config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lamb
         hidden_size=builder.hidden_size,
         dtype=builder.dtype,
         log=EventLog(role_path(folder, "trunk-0")),
+        folder=folder,
+        start=start,
     )
     threads = [
         threading.Thread(target=guarded, args=(lambda k=k: client(k), [pairs[k][0]]), daemon=True)
@@ -131,7 +144,7 @@ def run_split(config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lamb
     return Outcome(losses_of(folder), correct_of(folder), trained, [clients[k] for k in sorted(clients)])
 
 
-def run_centralised(config: Config, folder: Path) -> Outcome:
+def run_centralised(config: Config, folder: Path, start: int = 0) -> Outcome:
     """The project's own baseline."""
     builder = ModelBuilder.of(config)
     tokenizer = load_tokenizer(builder.resolver)
@@ -140,7 +153,7 @@ def run_centralised(config: Config, folder: Path) -> Outcome:
     model = Centralised(
         config=config, cut=builder.cut, model=builder.part("whole"), data=data, log=log, device=torch.device("cpu")
     )
-    model.run()
+    model.run(folder, start=start)
     trained = {name: p.detach().clone() for name, p in model.learner.parameters.items()}
     return Outcome(losses_of(folder), correct_of(folder), trained)
 

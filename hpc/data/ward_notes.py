@@ -17,11 +17,11 @@ from hpc.data.ward_words import Speciality
 
 Split = Literal["train", "val"]
 
-BLOCK = 20  # records over which a site's share of yes is exact
-YES_IN_BLOCK = (9, 11)  # of even and odd sites
+BLOCK = 10  # records; a short list must not stray far from its site's share of yes
+YES_IN_BLOCK = ((4, 5), (6, 5))  # of even and odd sites; in even and odd blocks
 OWN_SPECIALITY = 0.7  # share of a site's patients that are in its main speciality
 OPTIONAL_FACTS = 2  # beside name, age, ward and diagnosis
-MISPLACED = 0.3  # share of false questions that name a value of another field, where the note has one
+MISPLACED = 0.15  # share of false questions that name a value of another field, where the note has one
 
 ALL_DIAGNOSES = tuple(diagnosis for speciality in ward_words.SPECIALITIES for diagnosis in speciality.diagnoses)
 ALL_DRUGS = tuple(drug for speciality in ward_words.SPECIALITIES for drug in speciality.drugs)
@@ -75,9 +75,9 @@ def _make_note(*, site: int, sites: int, split: Split, index: int, seed: int) ->
 
 def _is_yes(*, site: int, sites: int, split: Split, index: int, seed: int) -> bool:
     """Exactly so many yes in each block of records; the last of an odd number of sites is balanced."""
-    unpaired = sites % 2 == 1 and site == sites - 1
-    yes = BLOCK // 2 if unpaired else YES_IN_BLOCK[site % 2]
     block, place = divmod(index, BLOCK)
+    unpaired = sites % 2 == 1 and site == sites - 1
+    yes = BLOCK // 2 if unpaired else YES_IN_BLOCK[site % 2][block % 2]
     return seeding.permutation(seeding.stream(seed, "yes", site, split, block), BLOCK)[place] < yes
 
 

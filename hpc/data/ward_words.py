@@ -19,7 +19,7 @@ class Speciality:
 SPECIALITIES = (
     Speciality(
         name="cardiology",
-        diagnoses=("angina", "hypertension", "thrombosis", "stroke"),
+        diagnoses=("angina", "hypertension", "thrombosis", "a stroke"),
         drugs={"aspirin": ("75 mg", "300 mg"), "digoxin": ("125 µg", "250 µg"), "magnesium": ("4 g", "8 g")},
     ),
     Speciality(

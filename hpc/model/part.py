@@ -6,6 +6,7 @@ Shape suffixes: B rows, T tokens, D hidden size, L label positions (over all row
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,3 +149,9 @@ class Part(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by their name in the uncut model, in a fixed order."""
         return {self.whole_name(n): p for n, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trainable(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Set what learns from a checkpoint's `parameter/<name in the uncut model>` entries."""
+        for name, parameter in self.trainable().items():
+            parameter.copy_(state[f"parameter/{name}"])

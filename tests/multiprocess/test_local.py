@@ -180,8 +180,8 @@ def test_the_folder_of_a_finished_run(keys: Path, reference: Finished) -> None:
     before = (reference.folder / "summary.json").read_bytes()
     again = local(reference.folder, keys, *STEPS)
     assert again.code == 2
-    assert "finished run" in again.err
-    assert "--run.name" in again.err
+    for words in ("finished run", "--run.name", "--run.resume_from_checkpoint"):
+        assert words in again.err
     assert (reference.folder / "summary.json").read_bytes() == before
 
 
@@ -264,6 +264,30 @@ def test_a_killed_client_ends_the_run_and_leaves_no_process(keys: Path, tmp_path
     assert "Traceback" not in err
     left = subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True, check=False).stdout.split()
     assert not left
+
+
+@pytest.mark.parametrize("schedule", ["client_batch", "serial"])
+def test_killed_and_resumed_equals_uninterrupted(schedule: str, keys: Path, tmp_path: Path) -> None:
+    flags = ("--train.max_steps", "12", "--train.save_every", "4", "--train.schedule", schedule)
+    whole = local(tmp_path / "whole", keys, *flags).summary
+    folder = tmp_path / "cut"
+    own = ["--run.output_dir", str(folder), "--link.keys_dir", str(keys)]
+    run = subprocess.Popen(
+        [sys.executable, LOCAL, *TINY, *own, *flags], cwd=ROOT, env=clean_environment(), stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 90
+    while not (folder / "checkpoint-4" / "manifest.json").exists():
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
+    victims = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["kill", "-9", *victims], check=False)
+    run.wait(30)
+    again = local(folder, keys, *flags)
+    assert again.code == 2
+    assert "--run.resume_from_checkpoint latest" in again.err
+    resumed = local(folder, keys, *flags, "--run.resume_from_checkpoint", "latest").summary
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["eval"]["accuracy"] == whole["eval"]["accuracy"]
 
 
 def test_help_and_config_are_printed(tmp_path: Path) -> None:

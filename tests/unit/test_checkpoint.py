@@ -1,0 +1,114 @@
+"""Resumed equals uninterrupted, to the bit; a checkpoint exists when every role's part of it does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpc.agreement import agreement
+from hpc.checkpoint import checkpoint_folder, commit, committed_steps, find, read_role, write_role
+from hpc.config import AdapterConfig, Config, DataConfig, ModelConfig, TrainConfig, TrunkConfig
+from hpc.errors import CheckpointError
+from hpc.schedule import Save, instructions
+from tests.loopback import run_centralised, run_split
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tiny(method: Any = "lora", stage: int = 0, **train: Any) -> Config:
+    json_file = str(ROOT / "slurm" / "deepspeed" / f"zero{stage}.json") if stage else None
+    return Config(
+        model=ModelConfig(name_or_path="tiny-llama"),
+        adapter=AdapterConfig(method=method, lora_r=4, num_virtual_tokens=5),
+        data=DataConfig(train_examples=10, val_examples=4),
+        train=TrainConfig(
+            **{"max_steps": 8, "save_every": 3, "per_client_batch_size": 3, "weight_decay": 0.1, **train}
+        ),
+        trunk=TrunkConfig(deepspeed=json_file),
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"), [("lora", 0), ("p_tuning_v2", 0), ("full", 0), ("lora", 1), ("lora", 2), ("lora", 3)]
+)
+def test_resumed_equals_uninterrupted(method: str, stage: int, tmp_path: Path) -> None:
+    config = tiny(method, stage)
+    whole = run_split(config, tmp_path)
+    assert committed_steps(tmp_path) == [3, 6]
+    for path in tmp_path.glob("roles/*/metrics.jsonl"):
+        path.unlink()
+    resumed = run_split(config, tmp_path, start=3)
+    assert resumed.losses == whole.losses[3:]
+    for name, tensor in whole.trained.items():
+        assert torch.equal(tensor, resumed.trained[name]), name
+
+
+def test_the_baseline_resumes_too(tmp_path: Path) -> None:
+    config = tiny(schedule="centralised")
+    whole = run_centralised(config, tmp_path)
+    for path in tmp_path.glob("roles/*/metrics.jsonl"):
+        path.unlink()
+    assert run_centralised(config, tmp_path, start=6).losses == whole.losses[6:]
+
+
+@pytest.mark.parametrize("schedule", ["serial", "client_batch"])
+@pytest.mark.parametrize("start", [2, 4, 6])
+def test_the_rest_of_the_schedule_is_the_same(schedule: Any, start: int) -> None:
+    train = TrainConfig(schedule=schedule, clients=3, max_steps=9, save_every=2, eval_every=3)
+    stream = list(instructions(train, evaluate=True))
+    assert list(instructions(train, evaluate=True, start=start)) == stream[stream.index(Save(step=start)) + 1 :]
+
+
+def test_without_manifest_there_is_no_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 4):
+        write_role(tmp_path, step, "client-0", {"a": torch.ones(2)}, {})
+    commit(tmp_path, 2, {})
+    assert find(tmp_path, "latest", {}) == 2
+    with pytest.raises(CheckpointError, match=r"checkpoint-4: .* holds checkpoint-2"):
+        find(tmp_path, "checkpoint-4", {})
+
+
+def test_state_survives_to_the_bit(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4), "b": torch.tensor(7.0), "c": torch.randn(6, 2).T}
+    facts = {"loss_scale": 0.1 + 0.2, "good_steps": 3.0}
+    write_role(tmp_path, 1, "trunk", tensors, facts)
+    read, numbers = read_role(checkpoint_folder(tmp_path, 1), "trunk")
+    assert all(torch.equal(tensors[name], read[name]) for name in tensors)
+    assert numbers == facts
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    write_role(tmp_path, 1, "trunk", {"a": torch.randn(100)}, {})
+    path = checkpoint_folder(tmp_path, 1) / "trunk.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"trunk\.safetensors"):
+        read_role(checkpoint_folder(tmp_path, 1), "trunk")
+
+
+def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
+    commit(tmp_path, 5, agreement(tiny()))
+    longer = tiny(max_steps=99)
+    assert find(tmp_path, "latest", agreement(longer)) == 5
+    with pytest.raises(CheckpointError, match=r"train\.clients: then 2, now 3"):
+        find(tmp_path, "latest", agreement(tiny(clients=3)))
+
+
+@pytest.mark.parametrize("which", ["newest", "checkpoint-x", ""])
+def test_what_to_resume_must_be_a_checkpoint(which: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="latest or checkpoint-<step>"):
+        find(tmp_path, which, {})
+
+
+def test_an_empty_folder_has_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+        find(tmp_path, "latest", {})
+
+
+def test_the_manifest_is_readable(tmp_path: Path) -> None:
+    commit(tmp_path, 4, agreement(tiny()))
+    manifest = json.loads((checkpoint_folder(tmp_path, 4) / "manifest.json").read_text())
+    assert manifest["step"] == 4
