@@ -6,17 +6,19 @@ No torch here: a refusal takes a second, not ten.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from hpc.agreement import agreement
 from hpc.config import Config
+from hpc.data.examples import held_out_examples, training_examples
 from hpc.errors import ConfigError
 from hpc.model.source import cut_of, read_config, resolve
 from hpc.trunk_config import read_deepspeed_json, zero_stage
 
 
 def check(config: Config) -> None:
-    """Raise a `BadInput` error for the first thing that would stop the run."""
+    """Raise a `BadInput` error for the first thing that would stop every role alike."""
     check_output(config)
     raw_config = read_config(resolve(config.model))
     cut_of(config.model, raw_config)
@@ -27,6 +29,13 @@ def check(config: Config) -> None:
             f"--trunk.deepspeed {config.trunk.deepspeed} asks for ZeRO stage 3, but --adapter.parts leaves nothing "
             "to train in the trunk; use a lower stage, or let the trunk learn"
         )
+
+
+def check_data(config: Config, clients: Iterable[int]) -> None:
+    """Read through the data of clients on this machine. Raises `DataError` (file and line, or the client)."""
+    for client_id in clients:
+        training_examples(config, client_id)
+        held_out_examples(config, client_id)
 
 
 def check_output(config: Config) -> None:

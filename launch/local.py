@@ -25,9 +25,10 @@ def main(argv: list[str]) -> int:
     config, _ = parse(make_parser(str(__doc__)), argv)
     if config.world_size == 1:
         return one_rank(argv)
-    from hpc.preflight import check
+    from hpc.preflight import check, check_data
 
     check(config)
+    check_data(config, range(config.train.clients))
     make_missing_keys(config)
     launch(config, Path(__file__).with_name("train.py"), argv)
     return 0

@@ -8,8 +8,10 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from hpc.cli import make_parser, parse, run_main, to_yaml
+from hpc.config import Config
 from hpc.errors import BadInput, HpcError
 from hpc.launcher import BASELINE, leave_last_words
+from hpc.preflight import check, check_data
 from hpc.topology import Place, place, read_world
 
 
@@ -20,8 +22,6 @@ def main(argv: list[str]) -> int:
         config, namespace = parse(parser, argv)
         baseline = os.environ.get(BASELINE) == "me"
         where = Place(role="baseline", index=0, world=world) if baseline else place(world, config)
-        from hpc.preflight import check
-
         check(config)
     except BadInput as error:
         # Every rank finds the same mistake; one of them says so.
@@ -31,12 +31,14 @@ def main(argv: list[str]) -> int:
     return run_rank(config, where, to_yaml(parser, namespace))
 
 
-def run_rank(config, where: Place, yaml: str) -> int:  # type: ignore[no-untyped-def]
+def run_rank(config: Config, where: Place, yaml: str) -> int:
     """Run this rank's role; its last words go to the launcher if there is one, else to the terminal."""
     # Before torch is loaded: OpenMP reads it once. Idle ranks sleep instead of burning a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        if where.role == "client":
+            check_data(config, [where.index])
         from hpc.federation import run_role
 
         run_role(config, where, yaml)

@@ -159,7 +159,7 @@ def test_a_broken_line_names_file_and_line(keys: Path, tmp_path: Path) -> None:
         (tmp_path / f"{client}.jsonl").write_text(f"{good}\n{good}\n" + ("{oops\n" if client else ""))
     file = str(tmp_path / "{client_id}.jsonl")
     finished = local(tmp_path / "o", keys, "--data.task", "jsonl", "--data.train_file", file)
-    assert_refused(finished, "1.jsonl", "line 3")
+    assert_refused(finished, "1.jsonl:3")
 
 
 def test_a_client_without_data(keys: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_an_unknown_client_is_refused(tmp_path: Path) -> None:
     ensure_local(tmp_path / "keys", 2)
     ensure_local(tmp_path / "strangers", 2)
     (tmp_path / "strangers" / "client-1.key").rename(tmp_path / "keys" / "client-1.key")
-    assert_refused(local(tmp_path / "o", tmp_path / "keys"), "client", "unknown")
+    assert_refused(local(tmp_path / "o", tmp_path / "keys"), "client-1", "not authorised", "keys.py authorise")
 
 
 @pytest.mark.parametrize("processes", [2, 4])
