@@ -50,9 +50,6 @@ class TrunkGroup:
             table[client] = count
         return dict(enumerate(self.sum_tensor(table).tolist()))
 
-    def any(self, flag: bool) -> bool:
-        return self.sum(float(flag)) > 0
-
     def barrier(self) -> None:
         """Wait for all trunk ranks."""
         if self._control is not None:

@@ -1,11 +1,14 @@
-"""What the two ends of a link, or a run and the checkpoint it takes up, must have alike. Pure."""
+"""What the two ends of a link, or a run and the checkpoint it takes up, must have alike. Imports no torch."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from hpc import __version__
 from hpc.config import Config
+from hpc.model.source import read_config, resolve
 
 
 def agreement(config: Config) -> dict[str, str]:
@@ -14,6 +17,10 @@ def agreement(config: Config) -> dict[str, str]:
     for group in ("model", "adapter", "train"):
         values = vars(getattr(config, group))
         agreed |= {f"{group}.{key}": str(value) for key, value in values.items()}
+    # Folders are called differently on different machines; the model's own configuration must be the same.
+    raw_config = read_config(resolve(config.model))
+    told = {k: v for k, v in raw_config.items() if k not in ("_name_or_path", "transformers_version")}
     agreed["model.name_or_path"] = Path(config.model.name_or_path).name
+    agreed["model.config_sha256"] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     agreed["data.val_examples"] = str(config.data.val_examples if config.data.evaluates else 0)
     return agreed

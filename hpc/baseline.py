@@ -12,12 +12,14 @@ from pathlib import Path
 from hpc.centralised import Centralised
 from hpc.config import Config
 from hpc.data.dataset import load_client_data
+from hpc.link.broken import lost_if_broken
 from hpc.model.build import ModelBuilder, count_parameters
 from hpc.model.source import load_tokenizer
 from hpc.rendezvous import Rendezvous
 from hpc.report.events import Ended, EventLog, Started, role_path
 from hpc.report.provenance import peak_rss_mib
 
+LONGEST_RUN = timedelta(days=30)
 GO, DONE = "baseline/go/{}", "baseline/done/{}"
 
 
@@ -32,7 +34,8 @@ class BaselineTurns:
         """Let the baseline take its turn and wait until it has."""
         if step < self._steps:
             self._store.set(GO.format(step), "1")
-            self._store.wait([DONE.format(step)], self._timeout)
+            with lost_if_broken("the baseline is gone or silent"):
+                self._store.wait([DONE.format(step)], self._timeout)
 
 
 def await_baseline(meeting: Rendezvous, config: Config) -> Callable[[int], None]:
@@ -41,18 +44,24 @@ def await_baseline(meeting: Rendezvous, config: Config) -> Callable[[int], None]
 
     def before_step(step: int) -> None:
         if 0 < step <= config.run.baseline_steps:
-            meeting.store.wait([DONE.format(step - 1)], timeout)
+            with lost_if_broken("the baseline is gone or silent"):
+                meeting.store.wait([DONE.format(step - 1)], timeout)
 
     return before_step
 
 
 def run_baseline(config: Config, meeting: Rendezvous) -> None:
     """The baseline's own process: wait for each turn, take it, say so."""
-    with EventLog(role_path(Path(meeting.output_folder()), "baseline")) as events:
-        events.write(Started())
+    with (
+        lost_if_broken("trunk rank 0 is gone or silent"),
+        EventLog(role_path(Path(meeting.output_folder()), "baseline")) as events,
+    ):
         model, builder = build_centralised(config, events)
         for step in range(min(config.run.baseline_steps, model.steps)):
-            meeting.store.wait([GO.format(step)], timedelta(seconds=config.link.timeout_s))
+            # An evaluation may come first and take long; the launcher ends this process if the run ends.
+            meeting.store.wait([GO.format(step)], LONGEST_RUN)
+            if step == 0:
+                events.write(Started())
             model.train_step(step)
             meeting.store.set(DONE.format(step), "1")
         parameters = {"model": count_parameters(model.model)}

@@ -5,7 +5,6 @@ Nothing here knows of links or of DeepSpeed. Shape suffixes: B rows, T tokens, L
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from hpc.errors import NonFinite
 from hpc.learner import Learner, seed_dropout, tail_loss_sum
 from hpc.model.cut import Cut
 from hpc.model.part import LabelPositions, Part
-from hpc.optim import LossScale, clip_factor, global_norm, learning_rate, square_sum
+from hpc.optim import Decision, LossScale, decide, global_norm, square_sum
 from hpc.report.events import Evaluation, EventLog, WholeStep
 from hpc.schedule import Evaluate, HandOver, Save, TrainStep, batch_index, clients_of_step, instructions, total_steps
 
@@ -78,34 +77,33 @@ class Centralised:
         batch = union(batches)
         loss_sum = tail_loss_sum(self.model, batch.ids_BT.to(self.device), *self._labels(batch))
         (loss_sum * self.loss_scale.value / float(batch.label_tokens)).backward()
-        loss, rate = float(loss_sum.detach()), learning_rate(self.train, step, self.steps)
-        norm, skipped = self._step(step, rate)
+        decision = self._step(step)
         seconds = time.perf_counter() - start
         self.log.write(
             WholeStep(
                 step=step + 1,
-                loss_sum=loss,
+                loss_sum=float(loss_sum.detach()),
                 label_tokens=batch.label_tokens,
                 tokens=sum(batch.lengths),
                 seconds={"total": seconds},
-                learning_rate=rate,
-                grad_norm=norm,
-                skipped=skipped,
+                learning_rate=decision.rate,
+                grad_norm=decision.norm,
+                skipped=not decision.finite,
             )
         )
         return seconds
 
-    def _step(self, step: int, rate: float) -> tuple[float, bool]:
-        norm, scale = self._norm() / self.loss_scale.value, self.loss_scale.value
-        finite = math.isfinite(norm)
-        if not finite and not self.loss_scale.dynamic:
+    def _step(self, step: int) -> Decision:
+        scale = self.loss_scale.value
+        decision = decide(self.train, scaled_norm=self._norm(), scale=scale, step=step, steps=self.steps)
+        if not decision.finite and not self.loss_scale.dynamic:
             raise NonFinite(f"step {step + 1}: the loss or a gradient is not finite. Lower --train.learning_rate")
-        self.loss_scale.update(finite=finite)
-        if finite:
-            self.learner.step(factor=clip_factor(norm, self.train.max_grad_norm) / scale, rate=rate)
+        self.loss_scale.update(finite=decision.finite)
+        if decision.finite:
+            self.learner.step(factor=decision.factor, rate=decision.rate)
         else:
             self.learner.clear()
-        return norm, not finite
+        return decision
 
     def _norm(self) -> float:
         """Grouped as the split run groups it (client parts, trunk), so that even the rounding is the same."""

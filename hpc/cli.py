@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -40,7 +41,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, Nam
         groups = parser.instantiate(namespace)
     except ArgumentError as error:
         raise ConfigError(_one_line(str(error))) from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(_one_line(f"--config cannot be read: {error}")) from None
     return Config(**{field.name: groups[field.name] for field in fields(Config)}), namespace
 
@@ -86,8 +87,11 @@ def run_main(main: Callable[[list[str]], int], prefix: str = "error") -> None:
     try:
         code = main(sys.argv[1:])
     except HpcError as error:
-        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{prefix}: {error}\n")
         code = error.exit_code
+    except Exception:
+        traceback.print_exc()
+        code = 1
     except KeyboardInterrupt:
         print(f"{prefix}: interrupted", file=sys.stderr, flush=True)
         code = 130

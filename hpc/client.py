@@ -16,19 +16,17 @@ from hpc.checkpoint import checkpoint_folder, read_role, write_role
 from hpc.config import Config
 from hpc.data.collate import Batch
 from hpc.data.dataset import ClientData, score_eval
-from hpc.errors import NonFinite
+from hpc.errors import NonFinite, ProtocolError
 from hpc.learner import Learner, seed_dropout, tail_loss_sum
 from hpc.link.channel import Channel
-from hpc.link.frame import Frame, Header, Kind
+from hpc.link.frame import LOSS_NOT_FINITE, Frame, Header, Kind
 from hpc.link.peers import PeerKeys
 from hpc.model.part import LabelPositions, Part
-from hpc.optim import LossScale, clip_factor, learning_rate
+from hpc.optim import decide
 from hpc.ragged import pack, pad
 from hpc.report.events import ClientStep, Evaluation, EventLog
 from hpc.schedule import Evaluate, HandOver, Save, TrainStep, batch_index, instructions, total_steps
 from hpc.stopwatch import Stopwatch
-
-LOSS_NOT_FINITE = 1  # header flag
 
 
 class Client:
@@ -56,7 +54,6 @@ class Client:
         self.data, self.channel, self.peers, self.log, self.device = data, channel, peers, log, device
         self.learner = Learner([head, tail], config.train)
         self.head_learns = bool(head.trainable())
-        self.loss_scale = LossScale.for_dtype(config.model.dtype)
         self.steps = total_steps(config.train)
         self._watch = Stopwatch()
         if start:
@@ -72,7 +69,7 @@ class Client:
         message = torch.frombuffer(bytearray(self.peers.public_message()), dtype=torch.uint8)
         self.channel.send(Header(kind=Kind.PEER_KEY), message)
         for _ in range(self.train.clients - 1):
-            self.peers.add(tensor_of(self.channel.recv(Kind.PEER_KEY)).numpy().tobytes())
+            self.peers.add(self.channel.recv(Kind.PEER_KEY).payload.numpy().tobytes())
 
     def run(self, before_goodbye: Callable[[], None] = lambda: None) -> None:
         """The whole run, in the order of the schedule; `before_goodbye` runs while the trunk still waits.
@@ -105,12 +102,13 @@ class Client:
                 smashed_BTD = self.head(batch.ids_BT.to(self.device))
             self._send(Kind.SMASHED, step, smashed_BTD.detach(), batch)
 
-            trunk_out = self.channel.recv(Kind.TRUNK_OUT, device=self.device)
+            trunk_out = self._recv(Kind.TRUNK_OUT, step)
+            scale = trunk_out.header.square_sum
             with watch.measure("tail"):
-                trunk_out_BTD = pad(tensor_of(trunk_out), batch.lengths).requires_grad_()
+                trunk_out_BTD = pad(trunk_out.payload, batch.lengths).requires_grad_()
                 loss_sum = tail_loss_sum(self.tail, trunk_out_BTD, *self._labels(batch))
                 # header.weight: label tokens of all clients in this step, so gradients just add up.
-                (loss_sum * self.loss_scale.value / trunk_out.header.weight).backward()
+                (loss_sum * scale / trunk_out.header.weight).backward()
             loss = float(loss_sum.detach())
             assert trunk_out_BTD.grad is not None
             self._send(
@@ -122,10 +120,10 @@ class Client:
             )
 
             if self.head_learns:
-                grad_smashed = self.channel.recv(Kind.GRAD_SMASHED, device=self.device)
+                grad_smashed = self._recv(Kind.GRAD_SMASHED, step)
                 with watch.measure("head"):
-                    smashed_BTD.backward(pad(tensor_of(grad_smashed), batch.lengths))
-            self._agree_and_step(step)
+                    smashed_BTD.backward(pad(grad_smashed.payload, batch.lengths))
+            self._agree_and_step(step, scale)
 
         spent = before.until(self.channel.stats)
         seconds = {
@@ -145,28 +143,24 @@ class Client:
             )
         )
 
-    def _agree_and_step(self, step: int) -> None:
+    def _agree_and_step(self, step: int, scale: float) -> None:
         """Tell the partial norm (and share the gradient); learn the global norm; step, or skip with everybody."""
         shared = self.learner.flat_gradient() if self.train.resolved_aggregation == "gradient" else None
         self.channel.send(Header(kind=Kind.PART_GRADS, step=step, square_sum=self.learner.square_sum()), shared)
-        decision = self.channel.recv(Kind.STEP, device=self.device)
-        if decision.tensor is not None and shared is not None:
-            self.learner.set_flat_gradient(decision.tensor)
-        norm = decision.header.square_sum / self.loss_scale.value
-        self._decide(step, norm)
-
-    def _decide(self, step: int, norm: float) -> None:
-        finite = math.isfinite(norm)
-        if not finite and not self.loss_scale.dynamic:
-            raise NonFinite(f"step {step + 1}: loss or gradient is not finite; nobody stepped (the trunk names whose)")
-        scale = self.loss_scale.value
-        self.loss_scale.update(finite=finite)
-        if finite:
-            factor = clip_factor(norm, self.train.max_grad_norm) / scale
+        reply = self._recv(Kind.STEP, step)
+        if shared is not None:
+            self.learner.set_flat_gradient(reply.payload)
+        norm = reply.header.square_sum
+        decision = decide(self.train, scaled_norm=norm, scale=scale, step=step, steps=self.steps)
+        if decision.finite:
             with self._watch.measure("tail"):
-                self.learner.step(factor=factor, rate=learning_rate(self.train, step, self.steps))
-        else:
+                self.learner.step(factor=decision.factor, rate=decision.rate)
+        elif self.config.model.dtype == "float16":
             self.learner.clear()
+        else:
+            raise NonFinite(
+                f"step {step + 1}: a loss or gradient is not finite; nobody stepped (the trunk names whose)"
+            )
 
     @torch.no_grad()
     def evaluate(self, step: int) -> None:
@@ -176,9 +170,9 @@ class Client:
         correct = total = 0
         for batch in self._eval_batches:
             self._send(Kind.EVAL_SMASHED, step, self.head(batch.ids_BT.to(self.device)), batch)
-            reply = self.channel.recv(Kind.EVAL_TRUNK_OUT, device=self.device)
+            reply = self._recv(Kind.EVAL_TRUNK_OUT, step)
             labels, _ = self._labels(batch)
-            logits_LV = self.tail(pad(tensor_of(reply), batch.lengths), labels).float().cpu()
+            logits_LV = self.tail(pad(reply.payload, batch.lengths), labels).float().cpu()
             right, count, _ = score_eval(batch, logits_LV)
             correct, total = correct + right, total + count
         for part in (self.head, self.tail):
@@ -193,18 +187,23 @@ class Client:
                 sealed = self.peers.seal(receiver, self.learner.state())
                 self.channel.send(Header(kind=Kind.HANDOVER, step=order.step, micro=receiver), sealed)
         elif self.client_id in order.receivers:
-            sealed = tensor_of(self.channel.recv(Kind.HANDOVER))
+            sealed = self.channel.recv(Kind.HANDOVER).payload
             self.learner.load_state(self.peers.open(order.sender, sealed))
 
     def save(self, step: int) -> None:
         """Write the client parts beside the others' files; they never leave this client."""
-        write_role(self.folder, step, f"client-{self.client_id}", self.learner.state(), self.loss_scale.state())
+        write_role(self.folder, step, f"client-{self.client_id}", self.learner.state(), {})
         self.channel.send(Header(kind=Kind.READY, step=step))
 
     def _resume(self) -> None:
-        state, facts = read_role(checkpoint_folder(self.folder, self.start), f"client-{self.client_id}")
+        state, _ = read_role(checkpoint_folder(self.folder, self.start), f"client-{self.client_id}")
         self.learner.load_state(state)
-        self.loss_scale.load(facts)
+
+    def _recv(self, kind: Kind, step: int) -> Frame:
+        frame = self.channel.recv(kind, device=self.device)
+        if frame.header.step != step:
+            raise ProtocolError(f"the trunk sent {kind.name} of step {frame.header.step}, not {step}")
+        return frame
 
     def _send(self, kind: Kind, step: int, hidden_BTD: torch.Tensor, batch: Batch, *, flags: int = 0) -> None:
         header = Header(kind=kind, step=step, lengths=batch.lengths, weight=float(batch.label_tokens), flags=flags)
@@ -215,9 +214,3 @@ class Client:
             row_L=batch.label_rows_L.to(self.device), position_L=batch.label_positions_L.to(self.device)
         )
         return positions, batch.label_ids_L.to(self.device)
-
-
-def tensor_of(frame: Frame) -> torch.Tensor:
-    """The payload of a frame whose kind always has one."""
-    assert frame.tensor is not None, f"{frame.header.kind.name} came without a tensor"
-    return frame.tensor

@@ -147,10 +147,10 @@ class TrainConfig:
     """Order of work in a round; `centralised` is the uncut baseline in one process."""
     clients: int = 2
     """Number of clients."""
-    max_steps: int = 100
-    """Optimiser steps of the trunk; 0: `rounds` decides."""
+    max_steps: int = 0
+    """Optimiser steps of the trunk; 0: `rounds` decides, or 100 if that is 0 too."""
     rounds: int = 0
-    """Rounds, used when max_steps is 0. In a round each client contributes `sync_every` batches."""
+    """Rounds instead of steps. In a round each client contributes `sync_every` batches."""
     per_client_batch_size: int = 4
     """Examples of one client in one batch."""
     learning_rate: float = 1e-3
@@ -194,6 +194,7 @@ class TrainConfig:
             "warmup_steps",
             "weight_decay",
             "max_grad_norm",
+            "adam_epsilon",
             "eval_every",
             "save_every",
             "seed",
@@ -204,9 +205,12 @@ class TrainConfig:
             rows = getattr(self, name)
             require(rows <= MAX_ROWS, f"--train.{name} is {rows}; a frame carries at most {MAX_ROWS} rows")
         require(
-            self.max_steps + self.rounds > 0,
-            "--train.max_steps and --train.rounds are both 0, so nothing would be trained; set one",
+            self.max_steps == 0 or self.rounds == 0,
+            f"--train.max_steps {self.max_steps} and --train.rounds {self.rounds} both say how long; give one of them",
         )
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"--train.{name} is {value}; it must be in [0, 1)")
         fitting = _FITTING_AGGREGATION[self.schedule]
         require(
             self.aggregation == "auto" or self.aggregation in fitting,

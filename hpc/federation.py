@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from hpc.agreement import agreement
 from hpc.baseline import BaselineTurns, await_baseline, run_baseline
 from hpc.checkpoint import checkpoint_folder, find, read_role
 from hpc.config import Config
-from hpc.errors import HpcError
+from hpc.errors import DataError, HpcError
 from hpc.launcher import BASELINE
+from hpc.link.broken import lost_if_broken
 from hpc.link.channel import Channel
 from hpc.link.connect import open_client_channel, open_server_channel
 from hpc.link.identity import Authorised, client_name, load_private
@@ -25,6 +27,8 @@ from hpc.report.events import Ended, EventLog, Started, role_path
 from hpc.report.provenance import peak_rss_mib, versions
 from hpc.schedule import clients_of_step, total_steps
 from hpc.topology import Place, clients_of_trunk_rank
+
+log = logging.getLogger("hpc")
 
 
 def run_role(config: Config, place: Place, yaml: str) -> None:
@@ -47,14 +51,14 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
     from hpc.trunk import Trunk
 
     meeting = Rendezvous(place, config)
+    folder = Path(meeting.output_folder())
     channels: dict[int, Channel] = {}
-    with closing_links(channels):
+    with closing_links(channels), lost_if_broken("another trunk rank is gone or silent"):
         for client_id in clients_of_trunk_rank(place.index, config):
             channels[client_id], _ = open_server_channel(
                 meeting.link(client_id), link=config.link, client_id=client_id, agreement=agreement(config)
             )
         device = device_of(config, place)
-        folder = Path(meeting.output_folder())
         builder = ModelBuilder.of(config)
         meeting.open_trunk_group(device)
         group = TrunkGroup(place.index, config.trunk.ranks, config.link.timeout_s)
@@ -85,6 +89,8 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
         # Every role is up: only now is anything written.
         if reports:
             save_config(folder, yaml)
+            if config.run.baseline_steps and BASELINE not in os.environ and not start:
+                log.warning("--run.baseline_steps is left out: it needs launch/local.py as a single process")
         events.write(Started(step=start))
         progress = Progress(
             folder, total_steps=total_steps(config.train), clients_per_step=len(clients_of_step(config.train, 0))
@@ -116,7 +122,7 @@ def run_client(config: Config, place: Place) -> None:
     meeting = Rendezvous(place, config)
     client_id = place.index
     channels: dict[int, Channel] = {}
-    with closing_links(channels):
+    with closing_links(channels), lost_if_broken("trunk rank 0 is gone or silent"):
         channels[0], _ = open_client_channel(
             meeting.link(client_id), link=config.link, client_id=client_id, agreement=agreement(config)
         )
@@ -218,6 +224,12 @@ class closing_links:  # reads as a statement
     def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
         for channel in self._channels.values():
             if error is not None:
-                reason = str(error) if isinstance(error, HpcError) else type(error).__name__
-                channel.send_error(reason)
+                channel.send_error(reason_for_peers(error))
             channel.close()
+
+
+def reason_for_peers(error: BaseException) -> str:
+    """Why this role ends, without anything of its data: messages about data quote it."""
+    if isinstance(error, DataError):
+        return "bad data; its own output says which"
+    return str(error) if isinstance(error, HpcError) else type(error).__name__

@@ -54,6 +54,8 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
             processes = _start_ranks(config.world_size, command, environ, listener)
         if compares:
             processes.append(_start(command, {**environ, BASELINE: "me"}))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _end_on_request)
         try:
             _watch(processes, Path(words))
         finally:
@@ -79,6 +81,11 @@ def mpirun(processes: int) -> list[str]:
         return [found, "-n", str(processes)]
     options = ["--oversubscribe", "--bind-to", "none"]
     return [found, *(["--allow-run-as-root"] if os.geteuid() == 0 else []), *options, "-n", str(processes)]
+
+
+def _end_on_request(number: int, frame: object) -> None:
+    """What `timeout`, torchrun or a job scheduler asks for; the roles must not outlive the command."""
+    raise RoleFailed(f"ended by {signal.Signals(number).name}", 128 + number)
 
 
 def _listen(port: int) -> socket.socket:
@@ -131,7 +138,8 @@ def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
         code, _, text = path.read_text().partition("\n")
         said.append(RoleFailed(text, int(code)))
     if said:
-        return next((each for each in said if each.exit_code == 2), said[0])
+        # The trunk knows more than a client that only lost it, and bad input is the cause of anything else.
+        return min(said, key=lambda each: (each.exit_code != 2, not str(each).startswith("trunk")))
     status: int = failed[0].returncode
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
     return RoleFailed(f"a process of the run {how} without a word; see above for what it printed", 1)

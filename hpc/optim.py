@@ -65,11 +65,36 @@ def scale_gradients(gradients: Iterable[torch.Tensor | None], factor: float) -> 
                 gradient.mul_(factor)
 
 
+@dataclass(kw_only=True, frozen=True)
+class Decision:
+    """What every role does with a step's gradients: the same, as all know the same norm and loss scale."""
+
+    norm: float
+    """Global norm over all parts, loss scale taken out."""
+    factor: float
+    """What to multiply gradients with: clipping and loss scale."""
+    rate: float
+    """Learning rate."""
+
+    @property
+    def finite(self) -> bool:
+        """False: nobody steps."""
+        return math.isfinite(self.norm)
+
+
+def decide(train: TrainConfig, *, scaled_norm: float, scale: float, step: int, steps: int) -> Decision:
+    """From the norm of the gradients as they are (loss scale included) to what is done with them."""
+    norm = scaled_norm / scale
+    factor = clip_factor(norm, train.max_grad_norm) / scale if math.isfinite(norm) else 0.0
+    return Decision(norm=norm, factor=factor, rate=learning_rate(train, step, steps))
+
+
 @dataclass(kw_only=True)
 class LossScale:
     """Dynamic loss scale of fp16 (Micikevicius et al., 2018); 1 and constant for the other precisions.
 
-    Every role holds one and feeds it the same gradient norms, so all scales stay equal without a message.
+    The trunk ranks hold one each and feed it the same norms; clients are told its value in every step they take part
+    in, since a client that waits for its turn does not see all norms.
     """
 
     value: float = 1.0

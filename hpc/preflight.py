@@ -13,15 +13,18 @@ from hpc.agreement import agreement
 from hpc.config import Config
 from hpc.data.examples import held_out_examples, training_examples
 from hpc.errors import ConfigError
+from hpc.model.cut import Cut, PartKind
 from hpc.model.source import cut_of, read_config, resolve
 from hpc.trunk_config import read_deepspeed_json, zero_stage
+
+PARTS: tuple[PartKind, ...] = ("head", "trunk", "tail")
 
 
 def check(config: Config) -> None:
     """Raise a `BadInput` error for the first thing that would stop every role alike."""
     check_output(config)
     raw_config = read_config(resolve(config.model))
-    cut_of(config.model, raw_config)
+    _check_something_learns(config, cut_of(config.model, raw_config))
     _check_tied(config, bool(raw_config.get("tie_word_embeddings", False)))
     stage = zero_stage(read_deepspeed_json(config.trunk.deepspeed))
     if stage == 3 and "trunk" not in config.adapter.parts:
@@ -58,6 +61,22 @@ def check_output(config: Config) -> None:
         raise ConfigError(
             f"{folder} holds a {kind}; go on from its last checkpoint with --run.resume_from_checkpoint latest, "
             "or choose another --run.name or --run.output_dir"
+        )
+
+
+def _check_something_learns(config: Config, cut: Cut) -> None:
+    adapter = config.adapter
+    if adapter.method != "full" and not any(cut.part(kind).blocks for kind in adapter.parts):
+        raise ConfigError(
+            f"--adapter.parts {adapter.parts} has no block at this cut, so nothing would learn; add the trunk, or use "
+            "another --model.head_blocks or --model.tail_blocks"
+        )
+    uncut = config.train.schedule == "centralised" or config.run.baseline_steps > 0
+    without = [kind for kind in PARTS if kind not in adapter.parts and cut.part(kind).blocks]
+    if adapter.method == "p_tuning_v2" and uncut and without:
+        raise ConfigError(
+            f"--adapter.parts {adapter.parts} gives only some blocks a prefix, which an uncut model cannot have; "
+            "leave out --run.baseline_steps and --train.schedule centralised, or name head, trunk and tail"
         )
 
 

@@ -10,17 +10,22 @@ import warnings
 import torch
 
 from hpc.config import Config
+from hpc.errors import ConfigError
 from hpc.topology import Place
 
 
 def prepare_process(config: Config, place: Place) -> None:
     """Threads, device, and quiet: only trunk rank 0 talks unless something is wrong."""
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--run.device cuda: this torch sees no GPU; use --run.device cpu or auto")
     torch.set_num_threads(config.run.threads or len(os.sched_getaffinity(0)))
-    os.environ.setdefault("LOCAL_RANK", str(place.world.local_rank))
-    if device_of(config, place).type == "cpu":
+    device = device_of(config, place)
+    # DeepSpeed takes its device from here; ranks may share one, or see only their own.
+    os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else place.world.local_rank)
+    if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
-        torch.cuda.set_device(device_of(config, place))
+        torch.cuda.set_device(device)
     logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s {place.name}: %(message)s", stream=sys.stderr)
     for name in ("deepspeed", "DeepSpeed", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

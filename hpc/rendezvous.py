@@ -17,12 +17,13 @@ from hpc.checkpoint import find
 from hpc.config import Config
 from hpc.errors import PeerLost, TopologyError
 from hpc.launcher import STORE_FD
+from hpc.link.broken import lost_if_broken
 from hpc.link.gloo import CLIENT, SERVER, connect_gloo
 from hpc.link.transport import Transport, choose_transport
 from hpc.process import device_of
 from hpc.topology import Place
 
-FOLDER_KEY, RUN_KEY, START_KEY = "run/folder", "run/id", "run/start"
+FOLDER_KEY, RUN_KEY, START_KEY, TRANSPORT_KEY = "run/folder", "run/id", "run/start", "run/transport"
 
 
 class Rendezvous:
@@ -33,15 +34,24 @@ class Rendezvous:
         self.store = self._open_store()
         if place.role == "baseline":  # it has no link
             return
-        self.transport_name = choose_transport(
-            config.link.transport,
-            under_mpi=place.world.launcher == "mpi",
-            distinct_gpus=torch.cuda.is_available() and torch.cuda.device_count() >= place.world.world_size,
-        )
+        self.transport_name = self._agree_on_transport()
         if self.transport_name == "mpi":
             from hpc.link.mpi import link_communicator
 
             self._communicator = link_communicator()
+
+    def _agree_on_transport(self) -> str:
+        """Trunk rank 0 chooses for all: two ends that choose by what they see might choose differently."""
+        if self.place.name == "trunk-0":
+            gpus = 0 if self.config.run.device == "cpu" else torch.cuda.device_count()
+            chosen = choose_transport(
+                self.config.link.transport,
+                under_mpi=self.place.world.launcher == "mpi",
+                distinct_gpus=gpus >= self.place.world.world_size,
+            )
+            self.store.set(TRANSPORT_KEY, chosen)
+        with lost_if_broken("trunk rank 0 is gone or silent"):
+            return str(self.store.get(TRANSPORT_KEY).decode())
 
     def _open_store(self) -> dist.Store:
         world, timeout = self.place.world, timedelta(seconds=self.config.link.timeout_s)

@@ -42,13 +42,14 @@ class Save:
     step: int
 
 
+DEFAULT_STEPS = 100
 Instruction = TrainStep | HandOver | Evaluate | Save
 
 
 def total_steps(train: TrainConfig) -> int:
     """Optimiser steps of the trunk in the whole run."""
-    if train.max_steps:
-        return train.max_steps
+    if train.rounds == 0:
+        return train.max_steps or DEFAULT_STEPS
     return train.rounds * train.sync_every * (train.clients if _one_by_one(train) else 1)
 
 

@@ -16,17 +16,18 @@ from hpc.agreement import agreement
 from hpc.checkpoint import commit, write_role
 from hpc.config import Config
 from hpc.errors import NonFinite, ProtocolError
+from hpc.learner import seed_dropout
 from hpc.link.channel import Channel
-from hpc.link.frame import Frame, Header, Kind
+from hpc.link.frame import LOSS_NOT_FINITE, Frame, Header, Kind
 from hpc.link.stats import LinkStats
-from hpc.optim import LossScale, clip_factor, global_norm, learning_rate, square_sum
+from hpc.optim import Decision, LossScale, decide, global_norm, square_sum
 from hpc.ragged import pack, pad
 from hpc.report.events import EventLog, TrunkStep
 from hpc.schedule import Evaluate, HandOver, Save, TrainStep, instructions, total_steps
 from hpc.stopwatch import Stopwatch
 from hpc.trunk import Trunk
 
-LOSS_NOT_FINITE = 1  # header flag
+HIDDEN_STATES = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT, Kind.EVAL_SMASHED)
 
 
 class Server:
@@ -57,7 +58,7 @@ class Server:
 
     def open(self) -> None:
         """Wait for every client, learn its number of evaluation batches, pass the clients' public keys around."""
-        counts = {client: int(_tensor(ch.recv(Kind.READY))[0]) for client, ch in self.channels.items()}
+        counts = {client: int(ch.recv(Kind.READY).payload[0]) for client, ch in self.channels.items()}
         self._eval_batches = self.group.merge(counts, self.train.clients)
         for channel in self.channels.values():
             channel.send(Header(kind=Kind.READY))
@@ -95,16 +96,18 @@ class Server:
     def serve_step(self, order: TrainStep) -> None:
         """Forward and backward for the clients of this step as one batch, then one optimiser step."""
         mine = [client for client in order.clients if client in self.channels]
-        before, watch = self._stats(), self._watch
+        self._keep_waiting(mine)
+        before, watch, scale = self._stats(), self._watch, self.loss_scale.value
 
         with watch.measure("total"):
             frames = [self._recv(client, Kind.SMASHED, order.step) for client in mine]
             lengths = [length for frame in frames for length in frame.header.lengths]
             label_tokens = self.group.sum(math.fsum(frame.header.weight for frame in frames))
             with watch.measure("trunk"):
+                seed_dropout(self.train.seed, order.step, f"trunk-{self.group.rank}")
                 smashed_BTD = self._stack(frames, lengths)
                 trunk_out_BTD = self.trunk.forward(smashed_BTD, input_learns=self.head_learns)
-            self._send_rows(mine, frames, Kind.TRUNK_OUT, order.step, trunk_out_BTD, weight=label_tokens)
+            self._send_rows(mine, frames, Kind.TRUNK_OUT, order.step, trunk_out_BTD, label_tokens, scale)
 
             grads = [self._recv(client, Kind.GRAD_TRUNK_OUT, order.step) for client in mine]
             with watch.measure("trunk"):
@@ -113,17 +116,19 @@ class Server:
                 assert grad_smashed_BTD is not None
                 self._send_rows(mine, frames, Kind.GRAD_SMASHED, order.step, grad_smashed_BTD)
 
-            norm = self._agree(order.step, mine) / self.loss_scale.value
-            culprits = [c for c, frame in zip(mine, grads, strict=True) if frame.header.flags & LOSS_NOT_FINITE]
-            rate, skipped = self._step(order.step, norm, culprits)
+            scaled_norm = self._agree(order.step, mine)
+            culprits = self.group.merge(
+                {c: f.header.flags & LOSS_NOT_FINITE for c, f in zip(mine, grads, strict=True)}, self.train.clients
+            )
+            decision = self._step(order.step, scaled_norm, [c for c, not_finite in culprits.items() if not_finite])
 
-        self._log_step(order.step, rate, norm, before, skipped=skipped)
+        self._log_step(order.step, decision, before)
 
     def _agree(self, step: int, mine: Sequence[int]) -> float:
         """Tell every client the norm over all parts (and the clients' summed gradient), times the loss scale."""
         with self._watch.measure("trunk"):
             trunk_squares = self.trunk.square_sum()
-        shares = [self._recv(client, Kind.PART_GRADS, step) for client in mine]
+        shares = [self._recv(client, Kind.PART_GRADS, step, on_device=False) for client in mine]
         summed = self._sum_gradients(shares)
         if summed is None:
             part_squares = self.group.sum(math.fsum(share.header.square_sum for share in shares))
@@ -134,28 +139,29 @@ class Server:
             self.channels[client].send(Header(kind=Kind.STEP, step=step, square_sum=norm), summed)
         return norm
 
-    def _step(self, step: int, norm: float, culprits: list[int]) -> tuple[float, bool]:
-        """Step the trunk, or skip with everybody; returns the learning rate and whether it was skipped."""
-        finite, rate = math.isfinite(norm), learning_rate(self.train, step, self.steps)
-        if not finite and not self.loss_scale.dynamic:
+    def _step(self, step: int, scaled_norm: float, culprits: list[int]) -> Decision:
+        """Step the trunk, or skip with everybody."""
+        scale = self.loss_scale.value
+        decision = decide(self.train, scaled_norm=scaled_norm, scale=scale, step=step, steps=self.steps)
+        if not decision.finite and not self.loss_scale.dynamic:
             for channel in self.channels.values():
                 channel.flush()
             whose = f"the loss of client {culprits[0]}" if culprits else "a gradient"
             raise NonFinite(f"step {step + 1}: {whose} is not finite; nobody stepped. Lower --train.learning_rate")
-        scale = self.loss_scale.value
-        self.loss_scale.update(finite=finite)
+        self.loss_scale.update(finite=decision.finite)
         with self._watch.measure("trunk"):
-            if finite:
-                self.trunk.step(factor=clip_factor(norm, self.train.max_grad_norm) / scale, rate=rate)
+            if decision.finite:
+                self.trunk.step(factor=decision.factor, rate=decision.rate)
             else:
                 self.trunk.skip()
-        return rate, not finite
+        return decision
 
     def serve_evaluation(self, order: Evaluate) -> None:
         """Forward only, batch by batch, the clients' batches of one turn as one."""
         self.trunk.part.eval()
         for turn in range(max(self._eval_batches.values(), default=0)):
             mine = [client for client in self.channels if turn < self._eval_batches[client]]
+            self._keep_waiting(mine)
             frames = [self._recv(client, Kind.EVAL_SMASHED, order.step) for client in mine]
             lengths = [length for frame in frames for length in frame.header.lengths]
             trunk_out_BTD = self.trunk.infer(self._stack(frames, lengths))
@@ -167,7 +173,7 @@ class Server:
         for receiver in order.receivers:
             sealed = None
             if order.sender in self.channels:
-                frame = self._recv(order.sender, Kind.HANDOVER, order.step)
+                frame = self._recv(order.sender, Kind.HANDOVER, order.step, on_device=False)
                 if frame.header.micro != receiver:
                     raise ProtocolError(f"client {order.sender} hands over to {frame.header.micro}, not {receiver}")
                 sealed = frame.tensor
@@ -186,17 +192,33 @@ class Server:
         if self.group.rank == 0:
             commit(self.folder, step, agreement(self.config))
 
-    def _recv(self, client: int, kind: Kind, step: int) -> Frame:
-        frame = self.channels[client].recv(kind, device=self.device)
-        if frame.header.step != step:
-            raise ProtocolError(f"client {client} sent {kind.name} of step {frame.header.step}, not {step}")
+    def _keep_waiting(self, busy: Sequence[int]) -> None:
+        """Clients that wait for others' work hear that it goes on, so that a deadline means silence, not patience."""
+        for client, channel in self.channels.items():
+            if client not in busy:
+                channel.send(Header(kind=Kind.ALIVE))
+
+    def _recv(self, client: int, kind: Kind, step: int, *, on_device: bool = True) -> Frame:
+        """A client's next frame; hidden states must have the shape and dtype that the handshake agreed on."""
+        frame = self.channels[client].recv(kind, device=self.device if on_device else None)
+        header = frame.header
+        if header.step != step:
+            raise ProtocolError(f"client {client} sent {kind.name} of step {header.step}, not {step}")
+        wanted = (sum(header.lengths), self._zero_BTD.shape[-1])
+        if kind in HIDDEN_STATES and (header.shape != wanted or header.dtype != self._zero_BTD.dtype):
+            raise ProtocolError(
+                f"client {client} sent {kind.name} of {header.shape}, {header.dtype}; "
+                f"due: {wanted}, {self._zero_BTD.dtype}"
+            )
+        if kind in HIDDEN_STATES and (not header.lengths or min(header.lengths) < 1):
+            raise ProtocolError(f"client {client} sent {kind.name} with row lengths {header.lengths}")
         return frame
 
     def _stack(self, frames: Sequence[Frame], lengths: Sequence[int]) -> torch.Tensor:
         """The clients' packed rows as one padded batch `_BTD`; a zero-weight row if this rank has no client."""
         if not frames:
             return self._zero_BTD
-        packed = [_tensor(frame) for frame in frames]
+        packed = [frame.payload for frame in frames]
         return pad(packed[0] if len(packed) == 1 else torch.cat(packed), lengths)
 
     def _send_rows(
@@ -207,12 +229,13 @@ class Server:
         step: int,
         rows_BTD: torch.Tensor,
         weight: float = 0.0,
+        scale: float = 1.0,
     ) -> None:
         first = 0
         for client, frame in zip(clients, frames, strict=True):
             lengths = frame.header.lengths
             own_BTD = rows_BTD[first : first + len(lengths), : max(lengths)]
-            header = Header(kind=kind, step=step, lengths=lengths, weight=weight)
+            header = Header(kind=kind, step=step, lengths=lengths, weight=weight, square_sum=scale)
             self.channels[client].send(header, pack(own_BTD, lengths).contiguous())
             first += len(lengths)
 
@@ -220,15 +243,17 @@ class Server:
         """The clients' flat gradients summed in client order, then over trunk ranks; None unless they are shared."""
         if self.train.resolved_aggregation != "gradient":
             return None
-        total = torch.zeros(0)
-        for share in shares:
-            total = _tensor(share).clone() if not total.numel() else total.add_(_tensor(share))
-        return self.group.sum_tensor(total)
+        first, *others = [share.payload for share in shares]
+        for client_share in others:
+            if client_share.shape != first.shape:
+                raise ProtocolError(f"clients share gradients of {tuple(first.shape)} and {tuple(client_share.shape)}")
+            first += client_share
+        return self.group.sum_tensor(first)
 
     def _stats(self) -> LinkStats:
         return LinkStats.total(channel.stats for channel in self.channels.values())
 
-    def _log_step(self, step: int, rate: float, norm: float, before: LinkStats, *, skipped: bool) -> None:
+    def _log_step(self, step: int, decision: Decision, before: LinkStats) -> None:
         spent, seconds = before.until(self._stats()), self._watch.take()
         seconds |= {"seal": spent.seal_s, "open": spent.open_s, "wire": spent.wire_s, "wait": spent.wait_s}
         self.log.write(
@@ -239,14 +264,8 @@ class Server:
                     "payload": spent.payload_bytes_sent + spent.payload_bytes_received,
                     "wire": spent.wire_bytes_sent + spent.wire_bytes_received,
                 },
-                learning_rate=rate,
-                grad_norm=norm,
-                skipped=skipped,
+                learning_rate=decision.rate,
+                grad_norm=decision.norm,
+                skipped=not decision.finite,
             )
         )
-
-
-def _tensor(frame: Frame) -> torch.Tensor:
-    if frame.tensor is None:
-        raise ProtocolError(f"{frame.header.kind.name} came without a tensor")
-    return frame.tensor

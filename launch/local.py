@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hpc.cli import make_parser, parse, run_main
 from hpc.config import Config
+from hpc.errors import BadInput
 from hpc.launcher import launch
 from hpc.topology import read_world
 
@@ -21,6 +23,9 @@ from hpc.topology import read_world
 def main(argv: list[str]) -> int:
     world = read_world(os.environ)
     if world.world_size > 1:
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world.world_size):  # torchrun, all on this machine
+            with contextlib.suppress(BadInput):  # every rank parses again, and rank 0 reports
+                make_missing_keys(parse(make_parser(str(__doc__)), argv)[0])
         return one_rank(argv)
     config, _ = parse(make_parser(str(__doc__)), argv)
     if config.world_size == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -14,6 +15,8 @@ from hpc.launcher import BASELINE, leave_last_words
 from hpc.preflight import check, check_data
 from hpc.topology import Place, place, read_world
 
+LET_RANK_0_SPEAK_S = 5.0  # torchrun ends all ranks as soon as one has ended
+
 
 def main(argv: list[str]) -> int:
     parser = make_parser(str(__doc__))
@@ -22,11 +25,11 @@ def main(argv: list[str]) -> int:
         config, namespace = parse(parser, argv)
         baseline = os.environ.get(BASELINE) == "me"
         where = Place(role="baseline", index=0, world=world) if baseline else place(world, config)
-        check(config)
     except BadInput as error:
-        # Every rank finds the same mistake; one of them says so.
+        # Every rank was given the same flags; one of them reports the mistake.
         if world.global_rank == 0:
             raise
+        time.sleep(LET_RANK_0_SPEAK_S)
         return error.exit_code
     return run_rank(config, where, to_yaml(parser, namespace))
 
@@ -37,6 +40,7 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        check(config)
         if where.role == "client":
             check_data(config, [where.index])
         from hpc.federation import run_role
@@ -44,7 +48,7 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
         run_role(config, where, yaml)
     except HpcError as error:
         if not leave_last_words(where.name, str(error), error.exit_code):
-            print(f"{where.name}: error: {error}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{where.name}: error: {error}\n")
         return error.exit_code
     return 0
 

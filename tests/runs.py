@@ -62,10 +62,16 @@ def run_command(
     return Finished(code=process.returncode, out=out, err=err, folder=folder)
 
 
-def local(folder: Path, keys_dir: Path, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> Finished:
+def local(
+    folder: Path,
+    keys_dir: Path,
+    *arguments: str,
+    launcher: tuple[str, ...] = (sys.executable,),
+    timeout_s: float = 100,
+) -> Finished:
     """`launch/local.py` on the tiny recipe."""
     own = ["--run.output_dir", str(folder), "--link.keys_dir", str(keys_dir), "--link.timeout_s", "60"]
-    return run_command([*launcher, LOCAL, *TINY, *own, *arguments], folder)
+    return run_command([*launcher, LOCAL, *TINY, *own, *arguments], folder, timeout_s=timeout_s)
 
 
 def torchrun(processes: int) -> tuple[str, ...]:

@@ -61,11 +61,13 @@ class Channel:
     def recv(self, *kinds: Kind, device: torch.device | None = None) -> Frame:
         """The next frame, of one of `kinds` (none given: any), its tensor on `device` (default: CPU).
 
-        Raises PeerLost (gone, silent, or stopped with an ERROR frame, whose text is shown), TamperError,
-        ReplayError, ProtocolError.
+        ALIVE frames, which only begin the wait anew, are passed over. Raises PeerLost (gone, silent, or stopped with
+        an ERROR frame, whose text is shown), TamperError, ReplayError, ProtocolError.
         """
         with self._closing_on_error():
             frame = self._incoming.recv(kinds, device)
+            while frame.header.kind is Kind.ALIVE and Kind.ALIVE not in kinds:
+                frame = self._incoming.recv(kinds, device)
             if frame.header.kind is Kind.ERROR and Kind.ERROR not in kinds:
                 raise PeerLost(f"{self.peer} stopped: {_words(frame)}")
         return frame

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from hpc.config import LinkConfig
+from hpc.errors import IdentityError
 from hpc.link.channel import Channel
 from hpc.link.cipher import Cipher, PlainCipher, make_cipher
 from hpc.link.conversation import Agreement
@@ -35,15 +36,18 @@ def open_server_channel(
     transport: Transport, *, link: LinkConfig, client_id: int, agreement: Agreement, facts: Agreement | None = None
 ) -> tuple[Channel, Session]:
     """The trunk's end of client `client_id`'s link. Raises IdentityError, HandshakeError, PeerLost."""
-    session = server_handshake(
-        transport,
-        identity=load_private(link.keys_dir, SERVER),
-        authorised=Authorised.load(link.keys_dir),
-        expected_client_id=client_id,
-        agreement=_with_encryption(agreement, link),
-        timeout_s=link.timeout_s,
-        facts=facts,
-    )
+    try:
+        session = server_handshake(
+            transport,
+            identity=load_private(link.keys_dir, SERVER),
+            authorised=Authorised.load(link.keys_dir),
+            expected_client_id=client_id,
+            agreement=_with_encryption(agreement, link),
+            timeout_s=link.timeout_s,
+            facts=facts,
+        )
+    except IdentityError as error:
+        raise IdentityError(f"{client_name(client_id)}: {error}") from None
     return open_channel(transport, link=link, session=session), session
 
 

@@ -65,7 +65,7 @@ class Kind(IntEnum):
     EVAL_SMASHED = 9
     EVAL_TRUNK_OUT = 10
     READY = 11
-    PLAN = 12
+    ALIVE = 12
     BYE = 13
     ERROR = 14
 
@@ -104,6 +104,16 @@ class Frame:
 
     header: Header
     tensor: torch.Tensor | None = None
+
+    @property
+    def payload(self) -> torch.Tensor:
+        """The tensor. Raises ProtocolError if the frame came without one."""
+        if self.tensor is None:
+            raise ProtocolError(f"{self.header.kind.name} came without a tensor")
+        return self.tensor
+
+
+LOSS_NOT_FINITE = 1  # flag of GRAD_TRUNK_OUT: all that is told about a loss
 
 
 def describe(header: Header, tensor: torch.Tensor | None, chunk_bytes: int) -> Header:

@@ -87,7 +87,7 @@ class Incoming:
         self._open(view[PREFIX_BYTES : self._header_end], prefix, memoryview(body), "header")
         self._stats.wire_bytes_received += PREFIX_BYTES
         header = decode(bytes(body))
-        if kinds and header.kind not in (*kinds, Kind.ERROR):
+        if kinds and header.kind not in (*kinds, Kind.ERROR, Kind.ALIVE):
             raise ProtocolError(f"{self._transport.peer} sent {header.kind.name} where {wanted} was due")
         if header.kind is Kind.ERROR and header.payload_bytes > MAX_ERROR_BYTES:
             raise ProtocolError(f"an ERROR frame has {header.payload_bytes} bytes; {MAX_ERROR_BYTES} are allowed")

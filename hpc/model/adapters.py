@@ -80,10 +80,7 @@ def _attach_prefix(part: Part, adapter: AdapterConfig, cut: Cut, learning: list[
     if not learning:
         return
     if len(learning) != part.spec.blocks:
-        raise ConfigError(
-            f"--adapter.parts {adapter.parts} gives only some blocks of an uncut model a prefix; "
-            "p_tuning_v2 in --train.schedule centralised needs all of head, trunk and tail"
-        )
+        raise ConfigError(f"--adapter.parts {adapter.parts}: p_tuning_v2 in an uncut model needs head, trunk and tail")
     part.prefix = Prefix(part, adapter, cut, seed)
 
 

@@ -39,9 +39,6 @@ class WeightSource:
         with _open(single) as shard:
             return dict.fromkeys(shard.keys(), SINGLE)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._file_of_key
-
     def read(self, keys: list[str], *, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The named tensors in `dtype` (integer tensors keep theirs). Raises `ModelError` naming what is missing."""
         missing = [key for key in keys if key not in self._file_of_key]

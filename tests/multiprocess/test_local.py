@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from hpc.link.identity import ensure_local
+from hpc.report.events import read_events, role_path
 from tests.runs import LOCAL, ROOT, TINY, TRAIN, Finished, clean_environment, local, run_command, torchrun
 
 pytestmark = pytest.mark.timeout(240)
-STEPS = ("--train.max_steps", "4")
+# AdamW forgives any constant factor on a gradient; a large epsilon and a tight clip do not.
+STEPS = ("--train.max_steps", "4", "--train.adam_epsilon", "0.01", "--train.max_grad_norm", "0.2")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Finished:
 def losses(reference: Finished) -> list[float]:
     found: list[float] = reference.summary["losses"]
     return found
+
+
+def grad_norms(folder: Path) -> list[float]:
+    return [e["grad_norm"] for e in read_events(role_path(folder, "trunk-0")) if e["event"] == "step"]
 
 
 def assert_bounds(found: list[float], expected: list[float]) -> None:
@@ -108,11 +114,14 @@ def test_mpi_gives_the_same_bits(losses: list[float], keys: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_trunk_ranks_and_every_zero_stage(stage: int, losses: list[float], keys: Path, tmp_path: Path) -> None:
+def test_two_trunk_ranks_and_every_zero_stage(
+    stage: int, reference: Finished, losses: list[float], keys: Path, tmp_path: Path
+) -> None:
     json_file = ["--trunk.deepspeed", str(ROOT / "slurm" / "deepspeed" / f"zero{stage}.json")] if stage else []
     summary = local(tmp_path, keys, *STEPS, "--trunk.ranks", "2", *json_file).summary
     assert summary["trunk_ranks"] == 2
     assert_bounds(summary["losses"], losses)
+    assert grad_norms(tmp_path) == pytest.approx(grad_norms(reference.folder), rel=1e-4)
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
@@ -215,29 +224,78 @@ def test_a_world_that_does_not_fit(processes: int, keys: Path, tmp_path: Path) -
         assert word in line
 
 
-def test_another_cut_at_the_other_end(keys: Path, tmp_path: Path) -> None:
-    """Two ranks started by hand with different flags: both ends show both values."""
+def start_by_hand(
+    keys: Path, folder: Path, *flags: str, client_flags: tuple[str, ...] = ()
+) -> dict[str, tuple[int, str]]:
+    """Trunk and one client as two commands; exit code and stderr of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    flags = [*TINY, "--train.clients", "1", "--link.keys_dir", str(keys), "--link.timeout_s", "60"]
-    flags += ["--run.output_dir", str(tmp_path / "o")]
-
-    def start(rank: str, *extra: str) -> subprocess.Popen[str]:
-        env = clean_environment(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        return subprocess.Popen(
-            [sys.executable, TRAIN, *flags, *extra], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+    common = [*TINY, "--train.clients", "1", "--link.keys_dir", str(keys), "--link.timeout_s", "60"]
+    common += ["--run.output_dir", str(folder), *flags]
+    processes = {}
+    for rank, (role, own) in enumerate({"trunk": (), "client": client_flags}.items()):
+        env = clean_environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        processes[role] = subprocess.Popen(
+            [sys.executable, TRAIN, *common, *own], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
         )
-
-    server, client = start("0"), start("1", "--model.head_blocks", "2")
-    for process in (server, client):
+    ended = {}
+    for role, process in processes.items():
         err = process.communicate(timeout=90)[1]
-        assert process.returncode == 2, err
-        assert "model.head_blocks" in err
-        assert "1" in err
-        assert "2" in err
+        ended[role] = (process.returncode, err)
+    return ended
+
+
+def test_another_cut_at_the_other_end(keys: Path, tmp_path: Path) -> None:
+    """Different flags on the two ends: both show both values."""
+    for code, err in start_by_hand(keys, tmp_path / "o", client_flags=("--model.head_blocks", "2")).values():
+        assert code == 2, err
+        for words in ("model.head_blocks", "1", "2"):
+            assert words in err
         assert "Traceback" not in err
     assert not (tmp_path / "o").exists()
+
+
+def test_no_word_of_the_data_reaches_the_trunk(keys: Path, tmp_path: Path) -> None:
+    """A client's error messages quote its data; the trunk is told only that there was one."""
+    record = {"passage": "p", "question": "SECRET " * 400, "label": True}
+    (tmp_path / "0.jsonl").write_text(json.dumps(record) + "\n")
+    file = ["--data.task", "jsonl", "--data.train_file", str(tmp_path / "{client_id}.jsonl")]
+    finished = start_by_hand(keys, tmp_path / "o", *file)
+    assert "SECRET" in finished["client"][1]
+    assert finished["client"][0] == 2
+    assert "SECRET" not in finished["trunk"][1]
+    assert "bad data" in finished["trunk"][1]
+
+
+def test_sigterm_to_the_launcher_leaves_no_process(keys: Path, tmp_path: Path) -> None:
+    mark = f"--run.output_dir={tmp_path / 'o'}"
+    command = [sys.executable, LOCAL, *TINY, "--link.keys_dir", str(keys), "--train.max_steps", "5000", mark]
+    run = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "o" / "roles" / "client-1" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    run.terminate()
+    err = run.communicate(timeout=30)[1]
+    assert run.returncode == 143
+    assert "Traceback" not in err
+    assert not subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True, check=False).stdout.split()
+
+
+def test_waiting_for_ones_turn_is_no_silence(keys: Path, tmp_path: Path) -> None:
+    """Client 1 waits longer than the deadline for client 0's turn to end, and lives."""
+    flags = (
+        "--train.schedule",
+        "serial",
+        "--train.sync_every",
+        "400",
+        "--train.max_steps",
+        "401",
+        "--data.val_examples",
+        "0",
+    )
+    assert local(tmp_path / "o", keys, *flags, "--link.timeout_s", "4", timeout_s=200).code == 0
 
 
 def test_a_killed_client_ends_the_run_and_leaves_no_process(keys: Path, tmp_path: Path) -> None:

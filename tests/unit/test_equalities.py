@@ -13,6 +13,8 @@ import torch
 
 from hpc.config import AdapterConfig, Config, DataConfig, LinkConfig, ModelConfig, TrainConfig
 from hpc.errors import NonFinite
+from hpc.optim import LossScale
+from hpc.report.events import read_events, role_path
 from tests.loopback import Outcome, run_centralised, run_split
 from tests.plain import plain_losses
 
@@ -146,6 +148,30 @@ def test_half_precision_learns_like_centralised(dtype: Any, method: Any, tmp_pat
     assert split.losses[-1] < split.losses[0]
 
 
+def grad_norms(folder: Path) -> list[float]:
+    return [e["grad_norm"] for e in read_events(role_path(folder, "trunk-0")) if e["event"] == "step"]
+
+
+def test_a_client_that_waits_its_turn_keeps_the_loss_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scale grows at steps that the other client takes; both must divide by what their loss was multiplied with."""
+    monkeypatch.setattr(LossScale, "for_dtype", lambda dtype: LossScale(value=8.0, dynamic=True, grow_every=2))
+    train = {"schedule": "serial", "aggregation": "none", "clients": 2, "max_steps": 8, "learning_rate": 1e-3}
+    half = ModelConfig(name_or_path="tiny-llama", dtype="float16")
+    run_split(tiny(model=half, **train), tmp_path / "half")
+    monkeypatch.undo()
+    run_split(tiny(**train), tmp_path / "full")
+    assert grad_norms(tmp_path / "half") == pytest.approx(grad_norms(tmp_path / "full"), rel=3e-2)
+
+
+def test_trunk_dropout_follows_the_seed(tmp_path: Path) -> None:
+    adapter = AdapterConfig(lora_r=4, lora_dropout=0.5, parts=["trunk"])
+    config = Config(**{**vars(tiny(schedule="serial", clients=1, max_steps=4)), "adapter": adapter})
+    without = Config(**{**vars(config), "adapter": AdapterConfig(lora_r=4, parts=["trunk"])})
+    first = run_split(config, tmp_path / "a")
+    assert_same_bits(first, run_split(config, tmp_path / "b"))
+    assert first.losses != run_split(without, tmp_path / "c").losses
+
+
 def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
     from hpc.config import TrunkConfig
 
@@ -155,5 +181,5 @@ def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_everybody_and_names_the_client(tmp_path: Path) -> None:
-    with pytest.raises(NonFinite, match=r"step \d+"):
+    with pytest.raises(NonFinite, match=r"step \d+: the loss of client [01] is not finite"):
         run_split(tiny(schedule="client_batch", learning_rate=1e30, max_grad_norm=0.0), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from hpc.config import AdapterConfig, Config, DataConfig, LinkConfig, ModelConfig, TrainConfig
+from hpc.model.source import load_tokenizer, resolve
 from tests.loopback import run_split
 
 WINDOW = 16  # bytes; 128 random bits do not match by accident
@@ -44,13 +46,16 @@ def record(encryption: Any, folder: Path) -> tuple[bytes, dict[str, bytes]]:
     with torch.no_grad():
         embedded = client.head.model.get_input_embeddings()(batch.ids_BT)
     fresh = run_head_again(config)
+    text = load_tokenizer(resolve(config.model)).decode(batch.ids_BT[0, : batch.lengths[0]])
+    assert "Question" in text
     secrets = {
         "smashed": fresh(batch.ids_BT).numpy().tobytes(),
         "embedding": embedded.numpy().tobytes(),
         "token ids, int64": batch.ids_BT[0, :8].numpy().tobytes(),
         "token ids, int32": batch.ids_BT[0, :8].int().numpy().tobytes(),
         "label ids, int64": batch.label_ids_L[:4].numpy().tobytes(),
-        "text": bytes(batch.ids_BT[0, 1:20].clamp(0, 255).to(torch.uint8).tolist()),
+        "text": text.encode(),
+        "losses": b"".join(struct.pack("<d", loss * batch.label_tokens) for loss in outcome.losses),
     }
     return b"".join(recorded), secrets
 
@@ -76,7 +81,8 @@ def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
     """With encryption off the activations are on the wire; ids, labels and text never are, sealed or not."""
     wire, secrets = record("off", tmp_path)
     assert found(wire, secrets["smashed"])
-    for name in ("token ids, int64", "token ids, int32", "label ids, int64", "text", "embedding"):
+    assert all(found(b"x" * 7 + secret + b"y" * 9, secret) for secret in secrets.values())
+    for name in ("token ids, int64", "token ids, int32", "label ids, int64", "text", "losses", "embedding"):
         assert not found(wire, secrets[name]), name
 
 
@@ -96,7 +102,7 @@ def test_sealed_bytes_look_random(sealed: tuple[bytes, dict[str, bytes]]) -> Non
     assert float(share.max()) < 1.5 / 256, "the clear prefixes are few"
 
 
-def test_no_pickle_is_on_the_wire(sealed: tuple[bytes, dict[str, bytes]], tmp_path: Path) -> None:
+def test_no_pickle_is_on_the_wire(tmp_path: Path) -> None:
     wire, _ = record("off", tmp_path)
     for start in (i for i in range(len(wire) - 2) if wire[i] == 0x80 and wire[i + 1] in range(2, 6)):
         with pytest.raises(Exception):  # noqa: B017  # any failure to parse will do
