@@ -92,9 +92,8 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
             if config.run.baseline_steps and BASELINE not in os.environ and not start:
                 log.warning("--run.baseline_steps is left out: it needs launch/local.py as a single process")
         events.write(Started(step=start))
-        progress = Progress(
-            folder, total_steps=total_steps(config.train), clients_per_step=len(clients_of_step(config.train, 0))
-        )
+        per_step = len(clients_of_step(config.train, 0))
+        progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=per_step)
         turns = BaselineTurns(meeting, config) if BASELINE in os.environ else None
 
         def after_step(step: int) -> None:
@@ -107,8 +106,8 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
         parameters = {"trunk": {"owned": trunk.owned, "trainable": trunk.trainable}}
         events.write(_ended(parameters, keys_read, meeting.transport_name))
         group.barrier()
-        progress.close()
         if reports:
+            progress.close()
             report(config, folder)
     torch.distributed.destroy_process_group()
 

@@ -49,6 +49,8 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
         command = [sys.executable, str(script), *arguments]
         if config.link.transport == "mpi":
             listener.close()  # mpirun passes no open file on; rank 0 binds the port again
+            if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
+                environ["TERM"] = "dumb"
             processes = [_start([*mpirun(config.world_size), *command], environ)]
         else:
             processes = _start_ranks(config.world_size, command, environ, listener)
