@@ -10,19 +10,20 @@ import re
 from dataclasses import dataclass, field
 from typing import List, Literal, Optional
 
-from hpc.errors import ConfigError
+from hpc.rules import require, require_at_least
+from hpc.train_config import MAX_ROWS, TrainConfig
 
-MAX_ROWS = 192  # rows whose lengths fit into one frame header (hpc.link.frame)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `ConfigError(message)` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_at_least(name: str, value: float, low: float) -> None:
-    require(value >= low, f"--{name} is {value}; it must be at least {low}")
+__all__ = [
+    "MAX_ROWS",
+    "AdapterConfig",
+    "Config",
+    "DataConfig",
+    "LinkConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "TrunkConfig",
+]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -130,105 +131,6 @@ class DataConfig:
         return self.val_examples > 0 and (self.task == "ward_notes" or self.val_file is not None)
 
 
-AggregationName = Literal["auto", "none", "handover", "gradient"]
-# The first is what `auto` means.
-_FITTING_AGGREGATION = {
-    "centralised": ("gradient",),
-    "serial": ("handover", "none"),
-    "client_batch": ("gradient", "none"),
-}
-
-
-@dataclass(kw_only=True, frozen=True)
-class TrainConfig:
-    """Schedule, length and optimiser."""
-
-    schedule: Literal["centralised", "serial", "client_batch"] = "client_batch"
-    """Order of work in a round; `centralised` is the uncut baseline in one process."""
-    clients: int = 2
-    """Number of clients."""
-    max_steps: int = 0
-    """Optimiser steps of the trunk; 0: `rounds` decides, or 100 if that is 0 too."""
-    rounds: int = 0
-    """Rounds instead of steps. In a round each client contributes `sync_every` batches."""
-    per_client_batch_size: int = 4
-    """Examples of one client in one batch."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
-    lr_scheduler: Literal["linear", "constant"] = "linear"
-    """After the warm-up: down to 0 at the last step, or constant."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    adam_beta1: float = 0.9
-    """AdamW's decay of the first moment."""
-    adam_beta2: float = 0.999
-    """AdamW's decay of the second moment."""
-    adam_epsilon: float = 1e-8
-    """AdamW's epsilon."""
-    max_grad_norm: float = 1.0
-    """Clip the gradient to this global norm over all three parts; 0: do not clip."""
-    sync_every: int = 1
-    """`serial`: steps of a client's turn before its parts are handed on."""
-    aggregation: AggregationName = "auto"
-    """What becomes of the client parts: `gradient` sums their gradients each step, `handover` passes them on
-    (serial), `none` lets each client keep its own; `auto` picks the schedule's own."""
-    order: Literal["union", "sequential"] = "union"
-    """`centralised`: the clients' batches as one step, or client by client."""
-    eval_every: int = 0
-    """Evaluate every so many steps; 0: before and after training only."""
-    save_every: int = 0
-    """Write a checkpoint every so many steps; 0: none."""
-    eval_batch_size: int = 16
-    """Rows of one client in one evaluation batch."""
-    seed: int = 0
-    """Seed of data, order, adapters and dropout."""
-
-    def __post_init__(self) -> None:
-        for name in ("clients", "per_client_batch_size", "eval_batch_size", "sync_every"):
-            require_at_least(f"train.{name}", getattr(self, name), 1)
-        for name in (
-            "max_steps",
-            "rounds",
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "adam_epsilon",
-            "eval_every",
-            "save_every",
-            "seed",
-        ):
-            require_at_least(f"train.{name}", getattr(self, name), 0)
-        require(self.learning_rate > 0, f"--train.learning_rate is {self.learning_rate}; it must be above 0")
-        for name in ("per_client_batch_size", "eval_batch_size"):
-            rows = getattr(self, name)
-            require(rows <= MAX_ROWS, f"--train.{name} is {rows}; a frame carries at most {MAX_ROWS} rows")
-        require(
-            self.max_steps == 0 or self.rounds == 0,
-            f"--train.max_steps {self.max_steps} and --train.rounds {self.rounds} both say how long; give one of them",
-        )
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"--train.{name} is {value}; it must be in [0, 1)")
-        fitting = _FITTING_AGGREGATION[self.schedule]
-        require(
-            self.aggregation == "auto" or self.aggregation in fitting,
-            f"--train.aggregation {self.aggregation} does not fit --train.schedule {self.schedule}; "
-            f"use {' or '.join(fitting)}",
-        )
-
-    @property
-    def resolved_aggregation(self) -> str:
-        """`aggregation` with `auto` replaced by the schedule's own."""
-        return _FITTING_AGGREGATION[self.schedule][0] if self.aggregation == "auto" else self.aggregation
-
-    @property
-    def hands_over(self) -> bool:
-        """Whether client parts travel from client to client."""
-        return self.resolved_aggregation == "handover" and self.clients > 1
-
-
 @dataclass(kw_only=True, frozen=True)
 class LinkConfig:
     """The sealed channel between a client and its trunk rank."""
@@ -268,9 +170,22 @@ class TrunkConfig:
     """DeepSpeed JSON file (ZeRO stage, offload); none: stage 0."""
     activation_checkpointing: bool = False
     """Recompute the trunk's activations in the backward pass instead of keeping them."""
+    replica_limit_gib: float = 16.0
+    """`replica` (and `pipelined`) with `full`: most memory for the clients' copies of what learns (GiB)."""
+    smashed_cache_mib: float = 0.0
+    """Where nothing in the client heads learns: keep so much of their smashed activations (MiB, all clients together),
+    so that from the second epoch on they need not be sent again. 0: keep none. The server sees which examples recur."""
 
     def __post_init__(self) -> None:
         require_at_least("trunk.ranks", self.ranks, 1)
+        require_at_least("trunk.smashed_cache_mib", self.smashed_cache_mib, 0)
+        require(
+            self.replica_limit_gib > 0, f"--trunk.replica_limit_gib is {self.replica_limit_gib}; it must be above 0"
+        )
+
+    @property
+    def smashed_cache_bytes(self) -> int:
+        return int(self.smashed_cache_mib * 2**20)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -333,6 +248,27 @@ class Config:
             f"--trunk.ranks {self.trunk.ranks} exceeds --train.clients {self.train.clients}: "
             "a trunk rank without clients would only ever idle; lower --trunk.ranks",
         )
+        require(
+            self.train.early_stopping_patience == 0 or self.data.evaluates,
+            "--train.early_stopping_patience needs held-out examples; give --data.val_examples (and a val_file)",
+        )
+        require(
+            self.trunk.smashed_cache_mib == 0 or not self.head_learns,
+            "--trunk.smashed_cache_mib: the client heads learn, so their activations change with every step; leave "
+            "head out of --adapter.parts, or do without the cache",
+        )
+
+    @property
+    def head_learns(self) -> bool:
+        """Whether a gradient goes back to the client head: something in it is trained."""
+        if "head" not in self.adapter.parts:
+            return False
+        return self.adapter.method == "full" or self.model.head_blocks > 0
+
+    @property
+    def caches_smashed(self) -> bool:
+        """Whether the server keeps smashed activations."""
+        return self.trunk.smashed_cache_mib > 0 and self.train.schedule != "centralised"
 
     @property
     def world_size(self) -> int:

@@ -1,12 +1,16 @@
 """Schedules: the order of work in a run, as a stream of instructions that every role reads alike. Pure.
 
-No role sends or receives anything that an instruction here does not imply, so the order of messages is the schedule.
+What is sent and received within one instruction is in `hpc.programs`. No role sends anything that these two do not
+imply, so the order of messages is the schedule.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hpc.config import TrainConfig
 
@@ -14,6 +18,19 @@ from hpc.config import TrainConfig
 @dataclass(kw_only=True, frozen=True)
 class TrainStep:
     """One optimiser step of the trunk on one batch of each of `clients`. Steps count from 0."""
+
+    step: int
+    clients: tuple[int, ...]
+    batches: tuple[int, ...]
+    """Which batch of its own data each of `clients` uses: the number of steps that it took part in before."""
+
+    def batch_of(self, client: int) -> int:
+        return self.batches[self.clients.index(client)]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Sync:
+    """After `step` steps, `clients` (the round's) give parameters to be averaged; every client takes up the average."""
 
     step: int
     clients: tuple[int, ...]
@@ -43,29 +60,32 @@ class Save:
 
 
 DEFAULT_STEPS = 100
-Instruction = TrainStep | HandOver | Evaluate | Save
+Instruction = TrainStep | Sync | HandOver | Evaluate | Save
 
 
 def total_steps(train: TrainConfig) -> int:
     """Optimiser steps of the trunk in the whole run."""
-    if train.rounds == 0:
-        return train.max_steps or DEFAULT_STEPS
-    return train.rounds * train.sync_every * (train.clients if _one_by_one(train) else 1)
+    return train.rounds * _steps_of_round(train) if train.rounds else train.max_steps or DEFAULT_STEPS
 
 
-def batch_index(train: TrainConfig, step: int) -> int:
-    """Which batch of its own data a client uses at `step`: the number of steps that it took part in before."""
-    if not _one_by_one(train):
-        return step
-    turn, inside = divmod(step, train.sync_every)
-    return (turn // train.clients) * train.sync_every + inside
+def cohort(train: TrainConfig, round_: int) -> tuple[int, ...]:
+    """The clients of a round, in order: all, or `clients_per_round` drawn from the seed and the round's number."""
+    return _draw(train.seed, train.clients, train.cohort_size, round_)
+
+
+@lru_cache(maxsize=64)
+def _draw(seed: int, clients: int, size: int, round_: int) -> tuple[int, ...]:
+    if size == clients:
+        return tuple(range(clients))
+    lots = {k: hashlib.sha256(f"{seed}:cohort:{round_}:{k}".encode()).digest() for k in range(clients)}
+    return tuple(sorted(sorted(lots, key=lots.__getitem__)[:size]))
 
 
 def clients_of_step(train: TrainConfig, step: int) -> tuple[int, ...]:
-    """The clients whose batches make up `step`: all, or (client by client) the one whose turn it is."""
-    if _one_by_one(train):
-        return (step // train.sync_every % train.clients,)
-    return tuple(range(train.clients))
+    """The clients whose batches make up `step`: the round's, or (client by client) the one whose turn it is."""
+    round_, inside = divmod(step, _steps_of_round(train))
+    drawn = cohort(train, round_)
+    return (drawn[inside // train.sync_every],) if _one_by_one(train) else drawn
 
 
 def instructions(train: TrainConfig, *, evaluate: bool, start: int = 0) -> Iterator[Instruction]:
@@ -76,15 +96,22 @@ def instructions(train: TrainConfig, *, evaluate: bool, start: int = 0) -> Itera
     if start == 0:
         yield from _whole(train, evaluate)
         return
-    # Who holds the newest parts follows from what was skipped, so the stream is the same with its beginning cut off.
-    yield from (i for i in _whole(train, evaluate) if i.step >= start and i != Save(step=start))
+    # Who holds the newest parts, and which batches were used, follows from what was skipped, so the stream is the same
+    # with its beginning cut off. The checkpoint was written after the average at its step.
+    for instruction in _whole(train, evaluate):
+        done = instruction.step == start and isinstance(instruction, (Sync, Save))
+        if instruction.step >= start and not done:
+            yield instruction
 
 
 def _whole(train: TrainConfig, evaluate: bool) -> Iterator[Instruction]:
     everyone = tuple(range(train.clients))
     current, holder = set(everyone), 0  # clients whose parts are the newest, and one of them
+    used: Counter[int] = Counter()
     steps = total_steps(train)
     for step in range(steps + 1):
+        if step and train.averages and (step % train.sync_every == 0 or step == steps):
+            yield Sync(step=step, clients=clients_of_step(train, step - 1))
         if step and train.save_every and step % train.save_every == 0:
             yield Save(step=step)
         if evaluate and (step in (0, steps) or (train.eval_every and step % train.eval_every == 0)):
@@ -99,7 +126,12 @@ def _whole(train: TrainConfig, evaluate: bool) -> Iterator[Instruction]:
             if active[0] not in current:
                 yield HandOver(step=step, sender=holder, receivers=active)
             current, holder = set(active), active[0]
-        yield TrainStep(step=step, clients=active)
+        yield TrainStep(step=step, clients=active, batches=tuple(used[client] for client in active))
+        used.update(active)
+
+
+def _steps_of_round(train: TrainConfig) -> int:
+    return train.sync_every * (train.cohort_size if _one_by_one(train) else 1)
 
 
 def _one_by_one(train: TrainConfig) -> bool:

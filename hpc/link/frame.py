@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass, replace
-from enum import IntEnum
 
 import torch
 
 from hpc.config import MAX_ROWS
 from hpc.errors import ProtocolError, ReplayError, TamperError
+from hpc.link.kinds import Kind
 
 MAX_PAYLOAD = 8 * 2**30  # bytes; an authentic but mistaken peer must not make this end allocate without bound
 MIN_CHUNK = 1024  # bytes; smaller ones would only cost
@@ -49,25 +49,6 @@ _DTYPES: tuple[torch.dtype | None, ...] = (
     torch.int64,
 )
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-
-
-class Kind(IntEnum):
-    """What a frame is. The number is the code on the wire: append only."""
-
-    SMASHED = 1
-    TRUNK_OUT = 2
-    GRAD_TRUNK_OUT = 3
-    GRAD_SMASHED = 4
-    PART_GRADS = 5
-    STEP = 6
-    HANDOVER = 7
-    PEER_KEY = 8
-    EVAL_SMASHED = 9
-    EVAL_TRUNK_OUT = 10
-    READY = 11
-    ALIVE = 12
-    BYE = 13
-    ERROR = 14
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -1,0 +1,34 @@
+"""What a frame is. On its own, since schedules speak of kinds and load no torch."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Kind(IntEnum):
+    """The number is the code on the wire: append only."""
+
+    SMASHED = 1
+    TRUNK_OUT = 2
+    GRAD_TRUNK_OUT = 3
+    GRAD_SMASHED = 4
+    PART_GRADS = 5
+    STEP = 6
+    HANDOVER = 7
+    PEER_KEY = 8
+    EVAL_SMASHED = 9
+    EVAL_TRUNK_OUT = 10
+    READY = 11
+    ALIVE = 12
+    BYE = 13
+    ERROR = 14
+    ROWS = 15  # which examples a batch consists of, for the server's cache
+    PARTS = 16  # client parts, to be averaged
+    AVERAGE = 17
+    MASKED = 18  # secure aggregation, in this order
+    ROSTER = 19
+    ATTEST = 20
+    TAGS = 21
+    REVEAL = 22
+    VOTE = 23  # early stopping
+    VERDICT = 24
