@@ -18,6 +18,7 @@ from hpc.model.source import load_tokenizer
 from hpc.rendezvous import Rendezvous
 from hpc.report.events import Ended, EventLog, Started, role_path
 from hpc.report.provenance import peak_rss_mib
+from hpc.schedule import TrainStep, instructions
 
 LONGEST_RUN = timedelta(days=30)
 GO, DONE = "baseline/go/{}", "baseline/done/{}"
@@ -57,12 +58,14 @@ def run_baseline(config: Config, meeting: Rendezvous) -> None:
         EventLog(role_path(Path(meeting.output_folder()), "baseline")) as events,
     ):
         model, builder = build_centralised(config, events)
-        for step in range(min(config.run.baseline_steps, model.steps)):
+        steps = [each for each in instructions(config.train, evaluate=False) if isinstance(each, TrainStep)]
+        for order in steps[: config.run.baseline_steps]:
+            step = order.step
             # An evaluation may come first and take long; the launcher ends this process if the run ends.
             meeting.store.wait([GO.format(step)], LONGEST_RUN)
             if step == 0:
                 events.write(Started())
-            model.train_step(step)
+            model.train_step(order)
             meeting.store.set(DONE.format(step), "1")
         parameters = {"model": count_parameters(model.model)}
         events.write(Ended(peak_rss_mib=peak_rss_mib(), parameters=parameters, keys_read=len(builder.source.keys_read)))

@@ -5,6 +5,7 @@ Nothing here knows of links or of DeepSpeed. Shape suffixes: B rows, T tokens, L
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,14 @@ from hpc.checkpoint import checkpoint_folder, commit, read_role, write_role
 from hpc.config import Config
 from hpc.data.collate import Batch, union
 from hpc.data.dataset import ClientData, score_eval
+from hpc.early_stopping import Patience, majority
 from hpc.errors import NonFinite
 from hpc.learner import Learner, seed_dropout, tail_loss_sum
 from hpc.model.cut import Cut
 from hpc.model.part import LabelPositions, Part
-from hpc.optim import Decision, LossScale, decide, global_norm, square_sum
+from hpc.optim import MAX_SKIPS, Decision, LossScale, decide, global_norm, square_sum
 from hpc.report.events import Evaluation, EventLog, WholeStep
-from hpc.schedule import Evaluate, HandOver, Save, TrainStep, batch_index, clients_of_step, instructions, total_steps
+from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
 
 ROLE = "centralised"
 
@@ -46,34 +48,50 @@ class Centralised:
         self.learner = Learner([model], config.train)
         self.loss_scale = LossScale.for_dtype(config.model.dtype)
         self.steps = total_steps(config.train)
+        self._patience = [Patience(config.train.early_stopping_patience) for _ in data]
+        self._skipped = 0
         if config.trunk.activation_checkpointing:
             model.model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
 
-    def run(self, folder: Path, *, start: int = 0, after_step: Callable[[int], None] = lambda step: None) -> None:
+    def run(
+        self,
+        folder: Path,
+        *,
+        start: int = 0,
+        before_step: Callable[[int], None] = lambda step: None,
+        after_step: Callable[[int], None] = lambda step: None,
+    ) -> None:
         """The whole run, in the order of the schedule, from the checkpoint at `start` in `folder` if that is not 0."""
         if start:
             state, facts = read_role(checkpoint_folder(folder, start), ROLE)
             self.learner.load_state(state)
             self.loss_scale.load(facts)
+            for client, patience in enumerate(self._patience):
+                patience.load({key: facts[f"{client}/{key}"] for key in patience.state()})
         for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=start):
             match instruction:
                 case TrainStep():
-                    self.train_step(instruction.step)
+                    before_step(instruction.step)
+                    self.train_step(instruction)
                     after_step(instruction.step)
                 case Evaluate():
                     self.evaluate(instruction.step)
+                    if majority(sum(patience.exhausted for patience in self._patience), len(self._patience)):
+                        self.log.note("early_stop", step=instruction.step)
+                        break
                 case Save():
-                    write_role(folder, instruction.step, ROLE, self.learner.state(), self.loss_scale.state())
+                    facts = self.loss_scale.state() | _numbered(self._patience)
+                    write_role(folder, instruction.step, ROLE, self.learner.state(), facts)
                     commit(folder, instruction.step, agreement(self.config))
-                case HandOver():
+                case HandOver() | Sync():
                     pass  # one process holds everything
 
-    def train_step(self, step: int) -> float:
+    def train_step(self, order: TrainStep) -> float:
         """The batches of the step's clients as one; returns the wall seconds of the step."""
-        start = time.perf_counter()
+        start, step = time.perf_counter(), order.step
         seed_dropout(self.train.seed, step, "centralised")
-        batches = [self.data[c].train_batch(batch_index(self.train, step)) for c in clients_of_step(self.train, step)]
+        batches = [self.data[c].train_batch(order.batch_of(c)) for c in order.clients]
         batch = union(batches)
         loss_sum = tail_loss_sum(self.model, batch.ids_BT.to(self.device), *self._labels(batch))
         (loss_sum * self.loss_scale.value / float(batch.label_tokens)).backward()
@@ -96,7 +114,9 @@ class Centralised:
     def _step(self, step: int) -> Decision:
         scale = self.loss_scale.value
         decision = decide(self.train, scaled_norm=self._norm(), scale=scale, step=step, steps=self.steps)
-        if not decision.finite and not self.loss_scale.dynamic:
+        self._skipped = 0 if decision.finite else self._skipped + 1
+        tolerated = self.loss_scale.dynamic or (self.train.on_nonfinite == "skip" and self._skipped < MAX_SKIPS)
+        if not decision.finite and not tolerated:
             raise NonFinite(f"step {step + 1}: the loss or a gradient is not finite. Lower --train.learning_rate")
         self.loss_scale.update(finite=decision.finite)
         if decision.finite:
@@ -117,12 +137,24 @@ class Centralised:
         """Score every client's held-out examples."""
         self.model.eval()
         for client_id, data in enumerate(self.data):
-            correct = total = 0
+            correct = total = label_tokens = 0
+            loss_sum = 0.0
             for batch in data.eval_batches(self.train.eval_batch_size):
                 logits_LV = self.model(batch.ids_BT.to(self.device), self._labels(batch)[0]).float().cpu()
-                right, count, _ = score_eval(batch, logits_LV)
-                correct, total = correct + right, total + count
-            self.log.write(Evaluation(step=step, client_id=client_id, correct=correct, total=total))
+                score = score_eval(batch, logits_LV)
+                correct, total = correct + score.correct, total + score.total
+                loss_sum, label_tokens = loss_sum + score.loss_sum, label_tokens + score.label_tokens
+            self._patience[client_id].take(loss_sum / label_tokens if label_tokens else math.nan)
+            self.log.write(
+                Evaluation(
+                    step=step,
+                    client_id=client_id,
+                    correct=correct,
+                    total=total,
+                    loss_sum=loss_sum,
+                    label_tokens=label_tokens,
+                )
+            )
         self.model.train()
 
     def _labels(self, batch: Batch) -> tuple[LabelPositions, torch.Tensor]:
@@ -130,3 +162,7 @@ class Centralised:
             row_L=batch.label_rows_L.to(self.device), position_L=batch.label_positions_L.to(self.device)
         )
         return positions, batch.label_ids_L.to(self.device)
+
+
+def _numbered(patience: list[Patience]) -> dict[str, float]:
+    return {f"{client}/{key}": value for client, one in enumerate(patience) for key, value in one.state().items()}

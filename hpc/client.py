@@ -1,7 +1,6 @@
-"""A client: embedding, first blocks, last blocks, LM head, labels and loss. One step, read top to bottom.
+"""A client: embedding, first blocks, last blocks, LM head, labels and loss.
 
-Text, labels, logits and loss never leave this process. Shape suffixes: B rows, T tokens, D hidden size, S all valid
-tokens of the batch, L label positions, V vocabulary.
+Text, labels, logits and loss never leave this process. One training step is in `hpc.client_step`.
 """
 
 from __future__ import annotations
@@ -13,20 +12,25 @@ from pathlib import Path
 import torch
 
 from hpc.checkpoint import checkpoint_folder, read_role, write_role
+from hpc.client_side import ClientSide
+from hpc.client_step import ClientStepRun
 from hpc.config import Config
-from hpc.data.collate import Batch
+from hpc.contribution import MaskedContribution
 from hpc.data.dataset import ClientData, score_eval
-from hpc.errors import NonFinite, ProtocolError
-from hpc.learner import Learner, seed_dropout, tail_loss_sum
+from hpc.early_stopping import Patience
+from hpc.learner import Learner, seed_dropout
 from hpc.link.channel import Channel
-from hpc.link.frame import LOSS_NOT_FINITE, Frame, Header, Kind
+from hpc.link.frame import WOULD_STOP, Header
+from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
-from hpc.model.part import LabelPositions, Part
-from hpc.optim import decide
-from hpc.ragged import pack, pad
+from hpc.model.part import Part
+from hpc.programs import Recv, Send, Traits, client_step, client_sync
+from hpc.ragged import pad
 from hpc.report.events import ClientStep, Evaluation, EventLog
-from hpc.schedule import Evaluate, HandOver, Save, TrainStep, batch_index, instructions, total_steps
+from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
+from hpc.smashed_cache import CacheBook
 from hpc.stopwatch import Stopwatch
+from hpc.trunk_link import TrunkLink
 
 
 class Client:
@@ -53,23 +57,51 @@ class Client:
         self.head, self.tail = head.to(device), tail.to(device)
         self.data, self.channel, self.peers, self.log, self.device = data, channel, peers, log, device
         self.learner = Learner([head, tail], config.train)
-        self.head_learns = bool(head.trainable())
-        self.steps = total_steps(config.train)
+        self.traits = Traits.of(config)
+        self.link = TrunkLink(channel, client_id=client_id, device=device, reads_ahead=self.traits.first_come)
         self._watch = Stopwatch()
+        self._patience = Patience(config.train.early_stopping_patience)
+        self._samples: list[int] = []  # of every client, told by the trunk
+        self.side = self._make_side()
         if start:
             self._resume()
         self._eval_batches = data.eval_batches(config.train.eval_batch_size)
 
+    def _make_side(self) -> ClientSide:
+        config, hidden_size = self.config, int(self.head.model.config.hidden_size)
+        dtype: torch.dtype = getattr(torch, config.model.dtype)
+        share = config.trunk.smashed_cache_bytes // config.train.clients
+        return ClientSide(
+            client_id=self.client_id,
+            train=config.train,
+            traits=self.traits,
+            head=self.head,
+            tail=self.tail,
+            learner=self.learner,
+            link=self.link,
+            peers=self.peers,
+            book=CacheBook(limit_bytes=share, token_bytes=hidden_size * dtype.itemsize)
+            if config.caches_smashed
+            else None,
+            steps=total_steps(config.train),
+            skips=config.train.on_nonfinite == "skip" or config.model.dtype == "float16",
+            hidden_size=hidden_size,
+            dtype=dtype,
+            device=self.device,
+            watch=self._watch,
+        )
+
     def open(self) -> None:
-        """Say how many evaluation batches there are; wait for all roles; take up the other clients' public keys."""
-        self.channel.send(Header(kind=Kind.READY), torch.tensor([len(self._eval_batches)]))
-        self.channel.recv(Kind.READY)
+        """Say how much data there is; wait for all roles; take up the other clients' public keys."""
+        told = torch.tensor([len(self._eval_batches), len(self.data.train_rows), self.learner.values])
+        self.link.send(Header(kind=Kind.READY), told)
+        self._samples = self.link.recv_next(Kind.READY).payload.tolist()
         if self.peers is None:
             return
         message = torch.frombuffer(bytearray(self.peers.public_message()), dtype=torch.uint8)
-        self.channel.send(Header(kind=Kind.PEER_KEY), message)
+        self.link.send(Header(kind=Kind.PEER_KEY), message)
         for _ in range(self.train.clients - 1):
-            self.peers.add(self.channel.recv(Kind.PEER_KEY).payload.numpy().tobytes())
+            self.peers.add(self.link.recv_next(Kind.PEER_KEY).payload.numpy().tobytes())
 
     def run(self, before_goodbye: Callable[[], None] = lambda: None) -> None:
         """The whole run, in the order of the schedule; `before_goodbye` runs while the trunk still waits.
@@ -78,106 +110,110 @@ class Client:
         """
         for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=self.start):
             match instruction:
-                case TrainStep() if self.client_id in instruction.clients:
-                    self._before_step(instruction.step)
-                    self.train_step(instruction.step)
+                case TrainStep():
+                    self.train_step(instruction)
+                case Sync():
+                    self.sync(instruction)
                 case Evaluate():
                     self.evaluate(instruction.step)
+                    if self._votes_to_end(instruction.step):
+                        break
                 case HandOver():
                     self.hand_over(instruction)
                 case Save():
                     self.save(instruction.step)
         before_goodbye()
-        self.channel.send(Header(kind=Kind.BYE))
-        self.channel.recv(Kind.BYE)
+        self.link.send(Header(kind=Kind.BYE))
+        self.link.recv_next(Kind.BYE)
 
-    def train_step(self, step: int) -> None:
+    def train_step(self, order: TrainStep) -> None:
         """One batch through head, trunk and tail and back, then one optimiser step."""
-        before, watch = self.channel.stats.snapshot(), self._watch
-        seed_dropout(self.train.seed, step, f"client-{self.client_id}")
-        batch = self.data.train_batch(batch_index(self.train, step))
-
+        program = list(client_step(order, self.traits, self.client_id))
+        if not program:
+            return
+        taking_part = self.client_id in order.clients
+        if taking_part:
+            self._before_step(order.step)
+        before, watch = self.link.stats(), self._watch
+        watch.take()
+        seed_dropout(self.train.seed, order.step, f"client-{self.client_id}")
+        number = order.batch_of(self.client_id) if taking_part else 0
+        batch = self.data.train_batch(number) if taking_part else None
         with watch.measure("total"):
-            with watch.measure("head"):
-                smashed_BTD = self.head(batch.ids_BT.to(self.device))
-            self._send(Kind.SMASHED, step, smashed_BTD.detach(), batch)
-
-            trunk_out = self._recv(Kind.TRUNK_OUT, step)
-            scale = trunk_out.header.square_sum
-            with watch.measure("tail"):
-                trunk_out_BTD = pad(trunk_out.payload, batch.lengths).requires_grad_()
-                loss_sum = tail_loss_sum(self.tail, trunk_out_BTD, *self._labels(batch))
-                # header.weight: label tokens of all clients in this step, so gradients just add up.
-                (loss_sum * scale / trunk_out.header.weight).backward()
-            loss = float(loss_sum.detach())
-            assert trunk_out_BTD.grad is not None
-            self._send(
-                Kind.GRAD_TRUNK_OUT,
-                step,
-                trunk_out_BTD.grad,
-                batch,
-                flags=0 if math.isfinite(loss) else LOSS_NOT_FINITE,
-            )
-
-            if self.head_learns:
-                grad_smashed = self._recv(Kind.GRAD_SMASHED, step)
-                with watch.measure("head"):
-                    smashed_BTD.backward(pad(grad_smashed.payload, batch.lengths))
-            self._agree_and_step(step, scale)
-
-        spent = before.until(self.channel.stats)
-        seconds = {
-            **watch.take(),
-            "seal": spent.seal_s,
-            "open": spent.open_s,
-            "wire": spent.wire_s,
-            "wait": spent.wait_s,
-        }
+            run = ClientStepRun(self.side, order, batch, self.data.row_numbers(number))
+            for act in program:
+                run.carry_out(act)
+        if batch is None:
+            return
+        spent = before.until(self.link.stats())
+        link = {"seal": spent.seal_s, "open": spent.open_s, "wire": spent.wire_s, "wait": spent.wait_s}
         self.log.write(
             ClientStep(
-                step=step + 1,
-                loss_sum=loss,
+                step=order.step + 1,
+                loss_sum=run.loss_sum,
                 label_tokens=batch.label_tokens,
                 tokens=sum(batch.lengths),
-                seconds={"head": 0.0, "tail": 0.0, **seconds},
+                seconds={"head": 0.0, "tail": 0.0, **watch.take(), **link},
             )
         )
 
-    def _agree_and_step(self, step: int, scale: float) -> None:
-        """Tell the partial norm (and share the gradient); learn the global norm; step, or skip with everybody."""
-        shared = self.learner.flat_gradient() if self.train.resolved_aggregation == "gradient" else None
-        self.channel.send(Header(kind=Kind.PART_GRADS, step=step, square_sum=self.learner.square_sum()), shared)
-        reply = self._recv(Kind.STEP, step)
-        if shared is not None:
-            self.learner.set_flat_gradient(reply.payload)
-        norm = reply.header.square_sum
-        decision = decide(self.train, scaled_norm=norm, scale=scale, step=step, steps=self.steps)
-        if decision.finite:
-            with self._watch.measure("tail"):
-                self.learner.step(factor=decision.factor, rate=decision.rate)
-        elif self.config.model.dtype == "float16":
-            self.learner.clear()
-        else:
-            raise NonFinite(
-                f"step {step + 1}: a loss or gradient is not finite; nobody stepped (the trunk names whose)"
-            )
+    def sync(self, order: Sync) -> None:
+        """Give the client parts to be averaged and take up the average (FedAvg, McMahan et al., 2017)."""
+        masked = None
+        for act in client_sync(order, self.traits, self.client_id):
+            match act:
+                case Send(kind=Kind.PARTS):
+                    weight = float(self._samples[self.client_id])
+                    header = Header(kind=Kind.PARTS, step=order.step, weight=weight)
+                    self.link.send(header, self.learner.flat_values())
+                case Send():
+                    masked = masked or self._masked_values(order)
+                    self.link.send(*masked.outgoing(act.kind))
+                case Recv(kind=Kind.AVERAGE):
+                    self.learner.set_flat_values(self.link.recv(Kind.AVERAGE, order.step).payload)
+                case Recv():
+                    assert masked is not None, "only a secure round gets a roster"
+                    masked.take(self.link.recv(act.kind, order.step, on_device=False))
+
+    def _masked_values(self, order: Sync) -> MaskedContribution:
+        """Weighted before masking: the server adds up what it cannot read, and divides by the weights that came."""
+        assert self.peers is not None, "the run exchanged no peer keys"
+        share = self._samples[self.client_id] / sum(self._samples[client] for client in order.clients)
+        vector = self.learner.flat_values().double() * share
+        return MaskedContribution(
+            vector, peers=self.peers, client_id=self.client_id, cohort=order.clients, step=order.step
+        )
 
     @torch.no_grad()
     def evaluate(self, step: int) -> None:
         """Score the held-out examples through the cut model."""
         for part in (self.head, self.tail):
             part.eval()
-        correct = total = 0
+        correct = total = label_tokens = 0
+        losses = []
         for batch in self._eval_batches:
-            self._send(Kind.EVAL_SMASHED, step, self.head(batch.ids_BT.to(self.device)), batch)
-            reply = self._recv(Kind.EVAL_TRUNK_OUT, step)
-            labels, _ = self._labels(batch)
-            logits_LV = self.tail(pad(reply.payload, batch.lengths), labels).float().cpu()
-            right, count, _ = score_eval(batch, logits_LV)
-            correct, total = correct + right, total + count
+            self.link.send_rows(Kind.EVAL_SMASHED, step, self.head(batch.ids_BT.to(self.device)), batch.lengths)
+            reply = self.link.recv(Kind.EVAL_TRUNK_OUT, step)
+            labels, _ = self.side.labels(batch)
+            score = score_eval(batch, self.tail(pad(reply.payload, batch.lengths), labels).float().cpu())
+            correct, total = correct + score.correct, total + score.total
+            label_tokens += score.label_tokens
+            losses.append(score.loss_sum)
         for part in (self.head, self.tail):
             part.train()
-        self.log.write(Evaluation(step=step, correct=correct, total=total))
+        loss_sum = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+        self._patience.take(loss_sum / label_tokens if label_tokens else math.nan)
+        self.log.write(
+            Evaluation(step=step, correct=correct, total=total, loss_sum=loss_sum, label_tokens=label_tokens)
+        )
+
+    def _votes_to_end(self, step: int) -> bool:
+        """Say whether this client would stop, and learn whether the run does; no loss is told."""
+        if not self.train.early_stopping_patience:
+            return False
+        flags = WOULD_STOP if self._patience.exhausted else 0
+        self.link.send(Header(kind=Kind.VOTE, step=step, flags=flags))
+        return bool(self.link.recv(Kind.VERDICT, step).header.flags & WOULD_STOP)
 
     def hand_over(self, order: HandOver) -> None:
         """Give the parts on, or take them up; sealed between clients, so the server relays what it cannot read."""
@@ -185,32 +221,17 @@ class Client:
         if self.client_id == order.sender:
             for receiver in order.receivers:
                 sealed = self.peers.seal(receiver, self.learner.state())
-                self.channel.send(Header(kind=Kind.HANDOVER, step=order.step, micro=receiver), sealed)
+                self.link.send(Header(kind=Kind.HANDOVER, step=order.step, micro=receiver), sealed)
         elif self.client_id in order.receivers:
-            sealed = self.channel.recv(Kind.HANDOVER).payload
+            sealed = self.link.recv_next(Kind.HANDOVER).payload
             self.learner.load_state(self.peers.open(order.sender, sealed))
 
     def save(self, step: int) -> None:
         """Write the client parts beside the others' files; they never leave this client."""
-        write_role(self.folder, step, f"client-{self.client_id}", self.learner.state(), {})
-        self.channel.send(Header(kind=Kind.READY, step=step))
+        write_role(self.folder, step, f"client-{self.client_id}", self.learner.state(), self._patience.state())
+        self.link.send(Header(kind=Kind.READY, step=step))
 
     def _resume(self) -> None:
-        state, _ = read_role(checkpoint_folder(self.folder, self.start), f"client-{self.client_id}")
+        state, facts = read_role(checkpoint_folder(self.folder, self.start), f"client-{self.client_id}")
         self.learner.load_state(state)
-
-    def _recv(self, kind: Kind, step: int) -> Frame:
-        frame = self.channel.recv(kind, device=self.device)
-        if frame.header.step != step:
-            raise ProtocolError(f"the trunk sent {kind.name} of step {frame.header.step}, not {step}")
-        return frame
-
-    def _send(self, kind: Kind, step: int, hidden_BTD: torch.Tensor, batch: Batch, *, flags: int = 0) -> None:
-        header = Header(kind=kind, step=step, lengths=batch.lengths, weight=float(batch.label_tokens), flags=flags)
-        self.channel.send(header, pack(hidden_BTD, batch.lengths))
-
-    def _labels(self, batch: Batch) -> tuple[LabelPositions, torch.Tensor]:
-        positions = LabelPositions(
-            row_L=batch.label_rows_L.to(self.device), position_L=batch.label_positions_L.to(self.device)
-        )
-        return positions, batch.label_ids_L.to(self.device)
+        self._patience.load(facts)

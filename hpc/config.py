@@ -126,6 +126,11 @@ class DataConfig:
             )
 
     @property
+    def longest_row(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return self.max_source_length + self.max_target_length
+
+    @property
     def evaluates(self) -> bool:
         """Whether there are held-out examples to score."""
         return self.val_examples > 0 and (self.task == "ward_notes" or self.val_file is not None)

@@ -11,7 +11,7 @@ import torch
 from hpc.aggregate import TrunkGroup
 from hpc.agreement import agreement
 from hpc.baseline import BaselineTurns, await_baseline, run_baseline
-from hpc.checkpoint import checkpoint_folder, find, read_role
+from hpc.checkpoint import find
 from hpc.config import Config
 from hpc.errors import DataError, HpcError
 from hpc.launcher import BASELINE
@@ -46,9 +46,9 @@ def run_role(config: Config, place: Place, yaml: str) -> None:
 
 def run_trunk(config: Config, place: Place, yaml: str) -> None:
     """One trunk rank: links, blocks on DeepSpeed, the rounds, and (rank 0) the report."""
+    from hpc.build_trunk import build_trunk
     from hpc.report.progress import Progress
     from hpc.server import Server
-    from hpc.trunk import Trunk
 
     meeting = Rendezvous(place, config)
     folder = Path(meeting.output_folder())
@@ -65,19 +65,13 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
         part = builder.part("trunk")
         keys_read = len(builder.source.keys_read)
         start = meeting.start_step(folder)
-        tensors, facts = read_role(checkpoint_folder(folder, start), "trunk") if start else ({}, {})
-        if start:
-            part.load_trainable(tensors)
-        trunk = Trunk(part, config, ranks=config.trunk.ranks, device=device)
-        if start:
-            trunk.load_moments(tensors)
+        trunk, facts = build_trunk(part, config, rank=place.index, device=device, folder=folder, start=start)
         events, reports = EventLog(role_path(folder, place.name)), place.index == 0
         server = Server(
             config=config,
             trunk=trunk,
             channels=channels,
             group=group,
-            head_learns=head_learns(config),
             hidden_size=builder.hidden_size,
             dtype=builder.dtype,
             log=events,
@@ -131,7 +125,7 @@ def run_client(config: Config, place: Place) -> None:
         data = load_client_data(config, client_id, load_tokenizer(builder.resolver))
         head, tail = builder.client_parts()
         peers = None
-        if config.train.hands_over:
+        if config.train.clients_meet:
             identity = load_private(config.link.keys_dir, client_name(client_id))
             pinned = Authorised.load(config.link.keys_dir).by_client_id()
             peers = PeerKeys(client_id, identity, pinned, meeting.run_id())
@@ -179,13 +173,6 @@ def run_centralised(config: Config, yaml: str) -> None:
         events.write(_ended({"model": count_parameters(model.model)}, len(builder.source.keys_read), None))
         progress.close()
     report(config, folder)
-
-
-def head_learns(config: Config) -> bool:
-    """Whether a gradient goes back to the client head: something in it is trained."""
-    if "head" not in config.adapter.parts:
-        return False
-    return config.adapter.method == "full" or config.model.head_blocks > 0
 
 
 def save_config(folder: Path, yaml: str) -> None:

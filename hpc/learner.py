@@ -6,11 +6,12 @@ The client's head and tail are one `Learner`; so is the uncut model of the basel
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from hpc.config import TrainConfig
+from hpc.errors import ProtocolError
 from hpc.model.part import LabelPositions, Part
 from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
 
@@ -28,6 +29,11 @@ class Learner:
                     self.parameters[name] = parameter
         self._optimiser = make_adamw(self.parameters.values(), train) if self.parameters else None
 
+    @property
+    def values(self) -> int:
+        """Numbers that learn."""
+        return sum(p.numel() for p in self.parameters.values())
+
     def square_sum(self) -> float:
         """Partial square sum of the global gradient norm."""
         return square_sum(p.grad for p in self.parameters.values())
@@ -41,9 +47,25 @@ class Learner:
 
     def set_flat_gradient(self, flat: torch.Tensor) -> None:
         """The inverse of `flat_gradient`."""
-        sections = flat.split([p.numel() for p in self.parameters.values()])
-        for parameter, section in zip(self.parameters.values(), sections, strict=True):
+        for parameter, section in self._sections(flat):
             parameter.grad = section.view_as(parameter).to(parameter)
+
+    def flat_values(self) -> torch.Tensor:
+        """All parameters as one float32 vector, in the fixed order; a copy."""
+        values = [p.detach().reshape(-1).float() for p in self.parameters.values()]
+        return torch.cat(values) if values else torch.empty(0)
+
+    @torch.no_grad()
+    def set_flat_values(self, flat: torch.Tensor) -> None:
+        """The inverse of `flat_values`."""
+        for parameter, section in self._sections(flat):
+            parameter.copy_(section.view_as(parameter))
+
+    def _sections(self, flat: torch.Tensor) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+        sizes = [p.numel() for p in self.parameters.values()]
+        if flat.shape != (sum(sizes),):
+            raise ProtocolError(f"the trunk sent {tuple(flat.shape)} for the {sum(sizes)} values that learn here")
+        return zip(self.parameters.values(), flat.split(sizes), strict=True)
 
     def step(self, *, factor: float, rate: float) -> None:
         """One AdamW step with the gradients times `factor` (clipping and loss scale)."""

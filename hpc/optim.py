@@ -13,6 +13,8 @@ import torch
 
 from hpc.config import TrainConfig
 
+MAX_SKIPS = 10  # steps left out one after another, before a run that leaves steps out ends after all
+
 
 def make_adamw(parameters: Iterable[torch.nn.Parameter], train: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) with the configuration's values."""

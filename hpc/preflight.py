@@ -27,10 +27,26 @@ def check(config: Config) -> None:
     _check_something_learns(config, cut_of(config.model, raw_config))
     _check_tied(config, bool(raw_config.get("tie_word_embeddings", False)))
     stage = zero_stage(read_deepspeed_json(config.trunk.deepspeed))
+    _check_zero(config, stage)
     if stage == 3 and "trunk" not in config.adapter.parts:
         raise ConfigError(
             f"--trunk.deepspeed {config.trunk.deepspeed} asks for ZeRO stage 3, but --adapter.parts leaves nothing "
             "to train in the trunk; use a lower stage, or let the trunk learn"
+        )
+
+
+def _check_zero(config: Config, stage: int) -> None:
+    """ZeRO partitions what all ranks share and use in the same order; not every schedule works like that."""
+    flags = f"--trunk.deepspeed {config.trunk.deepspeed} asks for ZeRO stage {stage}"
+    if config.train.schedule == "replica" and stage:
+        raise ConfigError(
+            f"{flags}, which partitions values that all ranks share; with --train.schedule replica each client has its "
+            "own, so more --trunk.ranks already share them out. Leave the file out, or use another schedule"
+        )
+    if config.train.schedule == "pipelined" and stage == 3:
+        raise ConfigError(
+            f"{flags}, which gathers parameters block by block in one order on all ranks; --train.schedule pipelined "
+            "works in the order in which clients come. Use a lower stage, or --train.schedule client_batch"
         )
 
 

@@ -23,7 +23,7 @@ class Micro(NamedTuple):
     """One piece of a client's batch; with one piece, the batch."""
 
     client: int
-    index: int = 0
+    piece: int = 0
 
 
 @dataclass(kw_only=True, frozen=True)

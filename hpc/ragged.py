@@ -19,10 +19,16 @@ def pack(padded_BTD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
 
 def pad(packed_SD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """The inverse of `pack`, up to the values of padding, which become 0. No copy if all rows are as long."""
-    longest = max(lengths)
+    longest = max(lengths, default=0)
     if all(length == longest for length in lengths):
         return packed_SD.reshape(len(lengths), longest, packed_SD.shape[-1])
     padded_BTD = packed_SD.new_zeros(len(lengths), longest, packed_SD.shape[-1])
     for row_TD, rows_TD in zip(padded_BTD, packed_SD.split(list(lengths)), strict=True):
         row_TD[: rows_TD.shape[0]] = rows_TD
     return padded_BTD
+
+
+def split_rows(rows: int, pieces: int) -> list[int]:
+    """Rows of each of `pieces` pieces, as even as can be, larger ones first."""
+    each, more = divmod(rows, pieces)
+    return [each + (piece < more) for piece in range(pieces)]

@@ -1,11 +1,11 @@
-"""A trunk rank: serves its clients, round by round. One round, read top to bottom.
+"""A trunk rank: serves its clients in the order of the schedule.
 
-Shape suffixes: B rows of all clients together, T longest row, D hidden size, S all valid tokens of one client.
+One training step is in `hpc.server_step`, an average in `hpc.server_sum`. Shape suffixes: B rows of several clients
+together, T longest row, D hidden size.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,19 +15,25 @@ from hpc.aggregate import TrunkGroup
 from hpc.agreement import agreement
 from hpc.checkpoint import commit, write_role
 from hpc.config import Config
-from hpc.errors import NonFinite, ProtocolError
-from hpc.learner import seed_dropout
+from hpc.early_stopping import majority
+from hpc.errors import PeerLost, ProtocolError
 from hpc.link.channel import Channel
-from hpc.link.frame import LOSS_NOT_FINITE, Frame, Header, Kind
+from hpc.link.frame import WOULD_STOP, Frame, Header
+from hpc.link.kinds import Kind
 from hpc.link.stats import LinkStats
-from hpc.optim import Decision, LossScale, decide, global_norm, square_sum
+from hpc.optim import LossScale
+from hpc.programs import Micro, Recv, Traits, TrunkProgram, trunk_step, trunk_sync
 from hpc.ragged import pack, pad
+from hpc.replica_trunk import ReplicaTrunk
 from hpc.report.events import EventLog, TrunkStep
-from hpc.schedule import Evaluate, HandOver, Save, TrainStep, instructions, total_steps
+from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
+from hpc.served import Served
+from hpc.server_side import ServerSide
+from hpc.server_step import ReplicaStep, ServedStep, SharedStep
+from hpc.server_sum import SyncRun
+from hpc.smashed_cache import SmashedCache
 from hpc.stopwatch import Stopwatch
 from hpc.trunk import Trunk
-
-HIDDEN_STATES = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT, Kind.EVAL_SMASHED)
 
 
 class Server:
@@ -37,235 +43,226 @@ class Server:
         self,
         *,
         config: Config,
-        trunk: Trunk,
+        trunk: Trunk | ReplicaTrunk,
         channels: dict[int, Channel],
         group: TrunkGroup,
-        head_learns: bool,
         hidden_size: int,
         dtype: torch.dtype,
         log: EventLog,
         folder: Path,
         start: int = 0,
     ) -> None:
-        self.folder, self.start = folder, start
-        self.config, self.train, self.trunk, self.channels, self.group = config, config.train, trunk, channels, group
-        self.head_learns, self.log, self.device = head_learns, log, trunk.device
+        self.folder, self.start, self.config, self.log = folder, start, config, log
+        self.train, self.channels, self.group = config.train, channels, group
         self.loss_scale = LossScale.for_dtype(config.model.dtype)
-        self.steps = total_steps(config.train)
-        self._watch = Stopwatch()
+        self.served = Served(
+            config=config, channels=channels, device=trunk.device, hidden_size=hidden_size, dtype=dtype, log=log
+        )
+        share = config.trunk.smashed_cache_bytes // config.train.clients
+        self.side = ServerSide(
+            train=config.train,
+            traits=Traits.of(config),
+            trunk=trunk,
+            served=self.served,
+            group=group,
+            loss_scale=self.loss_scale,
+            steps=total_steps(config.train),
+            zero_BTD=torch.zeros(1, 1, hidden_size, dtype=dtype, device=trunk.device),
+            caches={
+                client: SmashedCache(limit_bytes=share, token_bytes=hidden_size * dtype.itemsize)
+                for client in channels
+                if config.caches_smashed
+            },
+            watch=Stopwatch(),
+        )
         self._eval_batches: dict[int, int] = {}
-        self._zero_BTD = torch.zeros(1, 1, hidden_size, dtype=dtype, device=self.device)
 
     def open(self) -> None:
-        """Wait for every client, learn its number of evaluation batches, pass the clients' public keys around."""
-        counts = {client: int(ch.recv(Kind.READY).payload[0]) for client, ch in self.channels.items()}
-        self._eval_batches = self.group.merge(counts, self.train.clients)
+        """Wait for every client, learn how much data it has, pass the clients' public keys around."""
+        told = {client: self._ready(client) for client in self.channels}
+        self._eval_batches, samples, sizes = (
+            self.group.merge({client: row[place] for client, row in told.items()}, self.train.clients)
+            for place in range(3)
+        )
+        self.side.samples = [samples[client] for client in range(self.train.clients)]
+        if len(set(sizes.values())) > 1:
+            raise ProtocolError(f"the clients' parts have different numbers of values that learn: {sizes}")
+        self.side.part_values = sizes[0]
         for channel in self.channels.values():
-            channel.send(Header(kind=Kind.READY))
-        if not self.train.hands_over:
-            return
+            channel.send(Header(kind=Kind.READY), torch.tensor(self.side.samples))
+        if self.train.clients_meet:
+            self._pass_keys_around()
+
+    def _ready(self, client: int) -> list[int]:
+        told = self.served.inbox.recv(client, Kind.READY).payload
+        if told.shape != (3,) or told.dtype != torch.int64 or bool((told < 0).any()):
+            raise ProtocolError(f"client {client} sent READY of {tuple(told.shape)}, {told.dtype}; due: three numbers")
+        return [int(number) for number in told]
+
+    def _pass_keys_around(self) -> None:
         for owner in range(self.train.clients):
-            mine = self.channels.get(owner)
-            key = self.group.share(
-                mine.recv(Kind.PEER_KEY).tensor if mine else None, owner=self.group.rank_of_client(owner)
-            )
+            mine = self.served.inbox.recv(owner, Kind.PEER_KEY).tensor if owner in self.channels else None
+            key = self.group.share(mine, owner=self.group.rank_of_client(owner))
             for client, channel in self.channels.items():
                 if client != owner:
                     channel.send(Header(kind=Kind.PEER_KEY), key)
 
-    def run(self, after_step: Callable[[int], None] = lambda step: None) -> None:
+    def run(
+        self,
+        after_step: Callable[[int], None] = lambda step: None,
+        before_step: Callable[[int], None] = lambda step: None,
+    ) -> None:
         """The whole run, in the order of the schedule. `open` comes first."""
         for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=self.start):
             match instruction:
                 case TrainStep():
+                    before_step(instruction.step)
                     self.serve_step(instruction)
                     after_step(instruction.step)
+                case Sync():
+                    self.average(instruction)
                 case Evaluate():
                     self.serve_evaluation(instruction)
+                    if self._majority_would_stop(instruction.step):
+                        break
                 case HandOver():
                     self.relay(instruction)
                 case Save():
                     self.save(instruction.step)
-        for channel in self.channels.values():
-            channel.recv(Kind.BYE)
+        here = self.served.present(self.channels)
+        for client in here:
+            self.served.inbox.recv(client, Kind.BYE)
         self.group.barrier()
-        for channel in self.channels.values():
-            channel.send(Header(kind=Kind.BYE))
-            channel.flush()
+        for client in here:
+            self.channels[client].send(Header(kind=Kind.BYE))
+            self.channels[client].flush()
 
     def serve_step(self, order: TrainStep) -> None:
-        """Forward and backward for the clients of this step as one batch, then one optimiser step."""
-        mine = [client for client in order.clients if client in self.channels]
-        self._keep_waiting(mine)
-        before, watch, scale = self._stats(), self._watch, self.loss_scale.value
-
+        """Forward and backward for the clients of this step, then one optimiser step."""
+        mine = self.served.present(self.channels)
+        self.served.keep_waiting([client for client in order.clients if client in mine])
+        before, watch, scale = self.served.stats(), self.side.watch, self.loss_scale.value
+        watch.take()
         with watch.measure("total"):
-            frames = [self._recv(client, Kind.SMASHED, order.step) for client in mine]
-            lengths = [length for frame in frames for length in frame.header.lengths]
-            label_tokens = self.group.sum(math.fsum(frame.header.weight for frame in frames))
-            with watch.measure("trunk"):
-                seed_dropout(self.train.seed, order.step, f"trunk-{self.group.rank}")
-                smashed_BTD = self._stack(frames, lengths)
-                trunk_out_BTD = self.trunk.forward(smashed_BTD, input_learns=self.head_learns)
-            self._send_rows(mine, frames, Kind.TRUNK_OUT, order.step, trunk_out_BTD, label_tokens, scale)
+            run = (ReplicaStep if self.train.schedule == "replica" else SharedStep)(self.side, order)
+            _carry_out(trunk_step(order, self.side.traits, mine), run)
+            self._check_enough_are_left()
+        self._log_step(order, run, before, scale)
 
-            grads = [self._recv(client, Kind.GRAD_TRUNK_OUT, order.step) for client in mine]
-            with watch.measure("trunk"):
-                grad_smashed_BTD = self.trunk.backward(self._stack(grads, lengths))
-            if self.head_learns:
-                assert grad_smashed_BTD is not None
-                self._send_rows(mine, frames, Kind.GRAD_SMASHED, order.step, grad_smashed_BTD)
-
-            scaled_norm = self._agree(order.step, mine)
-            culprits = self.group.merge(
-                {c: f.header.flags & LOSS_NOT_FINITE for c, f in zip(mine, grads, strict=True)}, self.train.clients
-            )
-            decision = self._step(order.step, scaled_norm, [c for c, not_finite in culprits.items() if not_finite])
-
-        self._log_step(order.step, decision, before)
-
-    def _agree(self, step: int, mine: Sequence[int]) -> float:
-        """Tell every client the norm over all parts (and the clients' summed gradient), times the loss scale."""
-        with self._watch.measure("trunk"):
-            trunk_squares = self.trunk.square_sum()
-        shares = [self._recv(client, Kind.PART_GRADS, step, on_device=False) for client in mine]
-        summed = self._sum_gradients(shares)
-        if summed is None:
-            part_squares = self.group.sum(math.fsum(share.header.square_sum for share in shares))
-        else:
-            part_squares = square_sum([summed])
-        norm = global_norm(part_squares, trunk_squares)
-        for client in mine:
-            self.channels[client].send(Header(kind=Kind.STEP, step=step, square_sum=norm), summed)
-        return norm
-
-    def _step(self, step: int, scaled_norm: float, culprits: list[int]) -> Decision:
-        """Step the trunk, or skip with everybody."""
-        scale = self.loss_scale.value
-        decision = decide(self.train, scaled_norm=scaled_norm, scale=scale, step=step, steps=self.steps)
-        if not decision.finite and not self.loss_scale.dynamic:
-            for channel in self.channels.values():
-                channel.flush()
-            whose = f"the loss of client {culprits[0]}" if culprits else "a gradient"
-            raise NonFinite(f"step {step + 1}: {whose} is not finite; nobody stepped. Lower --train.learning_rate")
-        self.loss_scale.update(finite=decision.finite)
-        with self._watch.measure("trunk"):
-            if decision.finite:
-                self.trunk.step(factor=decision.factor, rate=decision.rate)
-            else:
-                self.trunk.skip()
-        return decision
+    def average(self, order: Sync) -> None:
+        """FedAvg: of the client parts, and of the trunk's replicas."""
+        mine = self.served.present(self.channels)
+        self.served.keep_waiting(order.clients)
+        run = SyncRun(self.side, order)
+        for act in trunk_sync(order, self.side.traits, mine):
+            run.carry_out(act)
 
     def serve_evaluation(self, order: Evaluate) -> None:
         """Forward only, batch by batch, the clients' batches of one turn as one."""
-        self.trunk.part.eval()
+        self.side.trunk.part.eval()
         for turn in range(max(self._eval_batches.values(), default=0)):
-            mine = [client for client in self.channels if turn < self._eval_batches[client]]
-            self._keep_waiting(mine)
-            frames = [self._recv(client, Kind.EVAL_SMASHED, order.step) for client in mine]
-            lengths = [length for frame in frames for length in frame.header.lengths]
-            trunk_out_BTD = self.trunk.infer(self._stack(frames, lengths))
-            self._send_rows(mine, frames, Kind.EVAL_TRUNK_OUT, order.step, trunk_out_BTD)
-        self.trunk.part.train()
+            mine = [c for c in self.served.present(self.channels) if turn < self._eval_batches[c]]
+            self.served.keep_waiting(mine)
+            found = {c: self.served.recv(Recv(Kind.EVAL_SMASHED, Micro(c)), order.step) for c in mine}
+            frames = {client: frame for client, frame in found.items() if frame is not None}
+            lengths = [length for frame in frames.values() for length in frame.header.lengths]
+            packed = [frame.payload for frame in frames.values()]
+            smashed_BTD = pad(torch.cat(packed), lengths) if packed else self.side.zero_BTD
+            groups = tuple((client, len(frame.header.lengths)) for client, frame in frames.items())
+            trunk_out_BTD = self._infer(smashed_BTD, groups)
+            self._send_evaluated(frames, order.step, trunk_out_BTD)
+        self.side.trunk.part.train()
+
+    def _infer(self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:
+        if isinstance(self.side.trunk, Trunk):
+            return self.side.trunk.infer(smashed_BTD)
+        return self.side.trunk.infer(smashed_BTD, groups) if groups else smashed_BTD
+
+    def _send_evaluated(self, frames: dict[int, Frame], step: int, rows_BTD: torch.Tensor) -> None:
+        first = 0
+        for client, frame in frames.items():
+            lengths = frame.header.lengths
+            own_BTD = rows_BTD[first : first + len(lengths), : max(lengths)]
+            header = Header(kind=Kind.EVAL_TRUNK_OUT, step=step, lengths=lengths)
+            self.served.send(client, header, pack(own_BTD, lengths).contiguous())
+            first += len(lengths)
+
+    def _majority_would_stop(self, step: int) -> bool:
+        """Collect the clients' votes, and tell the verdict."""
+        if not self.train.early_stopping_patience:
+            return False
+        mine = self.served.present(self.channels)
+        found = {c: self.served.recv(Recv(Kind.VOTE, Micro(c)), step) for c in mine}
+        votes = {c: frame.header.flags & WOULD_STOP for c, frame in found.items() if frame is not None}
+        stop = majority(int(self.group.sum(sum(votes.values()))), int(self.group.sum(len(votes))))
+        for client in votes:
+            self.served.send(client, Header(kind=Kind.VERDICT, step=step, flags=WOULD_STOP if stop else 0))
+        if stop and self.group.rank == 0:
+            self.log.note("early_stop", step=step)
+        return stop
 
     def relay(self, order: HandOver) -> None:
         """Pass on what one client sealed for another; unreadable here."""
         for receiver in order.receivers:
             sealed = None
             if order.sender in self.channels:
-                frame = self._recv(order.sender, Kind.HANDOVER, order.step, on_device=False)
+                frame = self.served.recv(Recv(Kind.HANDOVER, Micro(order.sender)), order.step, on_device=False)
+                assert frame is not None, "a schedule that hands over spares no client"
                 if frame.header.micro != receiver:
                     raise ProtocolError(f"client {order.sender} hands over to {frame.header.micro}, not {receiver}")
                 sealed = frame.tensor
             sealed = self.group.share(sealed, owner=self.group.rank_of_client(order.sender))
             if receiver in self.channels:
-                self.channels[receiver].send(Header(kind=Kind.HANDOVER, step=order.step), sealed)
+                self.served.send(receiver, Header(kind=Kind.HANDOVER, step=order.step), sealed)
 
     def save(self, step: int) -> None:
         """Write the trunk's state; the checkpoint exists once every role has written its own."""
-        state = self.trunk.state()
-        if self.group.rank == 0:
-            write_role(self.folder, step, "trunk", state, self.loss_scale.state())
-        for client in self.channels:
-            self._recv(client, Kind.READY, step)
+        state, replicas = self.side.trunk.state(), self.train.schedule == "replica"
+        if self.group.rank == 0 or replicas:
+            name = f"trunk-{self.group.rank}" if replicas else "trunk"
+            write_role(self.folder, step, name, state, self.loss_scale.state())
+        here = self.served.present(self.channels)
+        for client in here:
+            self.served.recv(Recv(Kind.READY, Micro(client)), step, on_device=False)
         self.group.barrier()
         if self.group.rank == 0:
             commit(self.folder, step, agreement(self.config))
 
-    def _keep_waiting(self, busy: Sequence[int]) -> None:
-        """Clients that wait for others' work hear that it goes on, so that a deadline means silence, not patience."""
-        for client, channel in self.channels.items():
-            if client not in busy:
-                channel.send(Header(kind=Kind.ALIVE))
+    def _check_enough_are_left(self) -> None:
+        if self.train.min_clients == 0:
+            return
+        left, least = self.train.clients - int(self.group.sum(len(self.served.lost))), self.train.min_clients
+        if left < least:
+            raise PeerLost(f"{left} of {self.train.clients} clients are left; --train.min_clients is {least}")
 
-    def _recv(self, client: int, kind: Kind, step: int, *, on_device: bool = True) -> Frame:
-        """A client's next frame; hidden states must have the shape and dtype that the handshake agreed on."""
-        frame = self.channels[client].recv(kind, device=self.device if on_device else None)
-        header = frame.header
-        if header.step != step:
-            raise ProtocolError(f"client {client} sent {kind.name} of step {header.step}, not {step}")
-        wanted = (sum(header.lengths), self._zero_BTD.shape[-1])
-        if kind in HIDDEN_STATES and (header.shape != wanted or header.dtype != self._zero_BTD.dtype):
-            raise ProtocolError(
-                f"client {client} sent {kind.name} of {header.shape}, {header.dtype}; "
-                f"due: {wanted}, {self._zero_BTD.dtype}"
-            )
-        if kind in HIDDEN_STATES and (not header.lengths or min(header.lengths) < 1):
-            raise ProtocolError(f"client {client} sent {kind.name} with row lengths {header.lengths}")
-        return frame
-
-    def _stack(self, frames: Sequence[Frame], lengths: Sequence[int]) -> torch.Tensor:
-        """The clients' packed rows as one padded batch `_BTD`; a zero-weight row if this rank has no client."""
-        if not frames:
-            return self._zero_BTD
-        packed = [frame.payload for frame in frames]
-        return pad(packed[0] if len(packed) == 1 else torch.cat(packed), lengths)
-
-    def _send_rows(
-        self,
-        clients: Sequence[int],
-        frames: Sequence[Frame],
-        kind: Kind,
-        step: int,
-        rows_BTD: torch.Tensor,
-        weight: float = 0.0,
-        scale: float = 1.0,
-    ) -> None:
-        first = 0
-        for client, frame in zip(clients, frames, strict=True):
-            lengths = frame.header.lengths
-            own_BTD = rows_BTD[first : first + len(lengths), : max(lengths)]
-            header = Header(kind=kind, step=step, lengths=lengths, weight=weight, square_sum=scale)
-            self.channels[client].send(header, pack(own_BTD, lengths).contiguous())
-            first += len(lengths)
-
-    def _sum_gradients(self, shares: Sequence[Frame]) -> torch.Tensor | None:
-        """The clients' flat gradients summed in client order, then over trunk ranks; None unless they are shared."""
-        if self.train.resolved_aggregation != "gradient":
-            return None
-        first, *others = [share.payload for share in shares]
-        for client_share in others:
-            if client_share.shape != first.shape:
-                raise ProtocolError(f"clients share gradients of {tuple(first.shape)} and {tuple(client_share.shape)}")
-            first += client_share
-        return self.group.sum_tensor(first)
-
-    def _stats(self) -> LinkStats:
-        return LinkStats.total(channel.stats for channel in self.channels.values())
-
-    def _log_step(self, step: int, decision: Decision, before: LinkStats) -> None:
-        spent, seconds = before.until(self._stats()), self._watch.take()
+    def _log_step(self, order: TrainStep, run: ServedStep, before: LinkStats, scale: float) -> None:
+        spent, seconds = before.until(self.served.stats()), self.side.watch.take()
         seconds |= {"seal": spent.seal_s, "open": spent.open_s, "wire": spent.wire_s, "wait": spent.wait_s}
+        found = list(run.decisions().values())
+        sent = {
+            "payload": spent.payload_bytes_sent + spent.payload_bytes_received,
+            "wire": spent.wire_bytes_sent + spent.wire_bytes_received,
+        }
+        if self.side.caches:
+            sent["cached"] = run.cached_bytes
         self.log.write(
             TrunkStep(
-                step=step + 1,
-                seconds=seconds,
-                bytes={
-                    "payload": spent.payload_bytes_sent + spent.payload_bytes_received,
-                    "wire": spent.wire_bytes_sent + spent.wire_bytes_received,
-                },
-                learning_rate=decision.rate,
-                grad_norm=decision.norm,
-                skipped=not decision.finite,
+                step=order.step + 1,
+                seconds={"trunk": 0.0, **seconds},
+                bytes=sent,
+                learning_rate=found[0].rate if found else 0.0,
+                grad_norm=max((decision.norm for decision in found), default=0.0),
+                skipped=any(not decision.finite for decision in found),
             )
         )
+
+
+def _carry_out(program: TrunkProgram, run: ServedStep) -> None:
+    """Let the program ask, and tell it what came."""
+    answer = None
+    while True:
+        try:
+            act = program.send(answer)
+        except StopIteration:
+            return
+        answer = run.carry_out(act)

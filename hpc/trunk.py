@@ -5,6 +5,7 @@ Shape suffixes: B rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ import torch
 from hpc.config import Config
 from hpc.model.part import Part
 from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
+from hpc.programs import Micro
 from hpc.quiet import quiet
 from hpc.trunk_config import read_deepspeed_json, zero_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Batch = tuple[Micro, ...]
 
 
 class Trunk:
@@ -26,10 +29,11 @@ class Trunk:
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.part, self.ranks, self.device = part, ranks, device
         self._train = config.train
+        self._accumulates = config.train.schedule == "pipelined"
         self.learns = bool(part.trainable())
         self._engine: Any = None
-        self._out: torch.Tensor | None = None
-        self._smashed: torch.Tensor | None = None
+        self._in_flight: dict[Batch, tuple[torch.Tensor, torch.Tensor]] = {}  # batch → input, output
+        self._sums: dict[int, list[torch.Tensor]] = {}  # client → its micro-batches' gradients, in their order
         self._named = part.trainable()
         self.parameters = list(self._named.values())
         if config.trunk.activation_checkpointing:
@@ -65,24 +69,29 @@ class Trunk:
             )
         return engine
 
-    def forward(self, smashed_BTD: torch.Tensor, *, input_learns: bool) -> torch.Tensor:
-        """`trunk_out_BTD`, detached. With `input_learns`, `backward` also gives the gradient of the input."""
-        self._smashed = smashed_BTD.detach().requires_grad_(input_learns)
-        self._out = (self._engine or self.part)(self._smashed)
-        return self._out.detach()
+    def forward(self, smashed_BTD: torch.Tensor, *, batch: Batch = (), input_learns: bool) -> torch.Tensor:
+        """`trunk_out_BTD`, detached. With `input_learns`, `backward` also gives the gradient of the input.
+
+        `batch` names this forward pass for its backward pass, as several may be under way.
+        """
+        smashed_BTD = smashed_BTD.detach().requires_grad_(input_learns)
+        # Accumulation does without the engine's hooks, which would reduce gradients after each micro-batch.
+        out_BTD = (self.part if self._accumulates else self._engine or self.part)(smashed_BTD)
+        self._in_flight[batch] = smashed_BTD, out_BTD
+        detached: torch.Tensor = out_BTD.detach()
+        return detached
 
     @torch.no_grad()
-    def infer(self, smashed_BTD: torch.Tensor) -> torch.Tensor:
+    def infer(self, smashed_BTD: torch.Tensor, batch: Batch = ()) -> torch.Tensor:
         """`trunk_out_BTD` for evaluation; keeps nothing for a backward pass."""
         out: torch.Tensor = (self._engine or self.part)(smashed_BTD)
         return out
 
-    def backward(self, grad_trunk_out_BTD: torch.Tensor) -> torch.Tensor | None:
+    def backward(self, grad_trunk_out_BTD: torch.Tensor, *, batch: Batch = ()) -> torch.Tensor | None:
         """From the received gradient to `grad_smashed_BTD` (None unless the input learns)."""
-        out, smashed = self._out, self._smashed
-        assert out is not None, "backward follows forward"
-        assert smashed is not None, "backward follows forward"
-        self._out = self._smashed = None
+        smashed, out = self._in_flight.pop(batch)
+        if self._accumulates:
+            return self._accumulate(out, smashed, grad_trunk_out_BTD, batch[0].client)
         if self._engine is None:
             if out.requires_grad:
                 out.backward(grad_trunk_out_BTD)
@@ -93,6 +102,40 @@ class Trunk:
         else:
             out.backward(grad_trunk_out_BTD)
         return smashed.grad
+
+    def _accumulate(
+        self, out: torch.Tensor, smashed: torch.Tensor, grad: torch.Tensor, client: int
+    ) -> torch.Tensor | None:
+        """Add to the client's own sum: its micro-batches come in order, so no other client's pace changes a bit."""
+        inputs = [smashed] if smashed.requires_grad else []
+        if not out.requires_grad:
+            return None
+        found = torch.autograd.grad(out, [*inputs, *self.parameters], grad, allow_unused=True)
+        gradients = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found[len(inputs) :], strict=True)
+        ]
+        if client not in self._sums:
+            self._sums[client] = gradients
+        else:
+            for total, gradient in zip(self._sums[client], gradients, strict=True):
+                total += gradient
+        return found[0] if inputs else None
+
+    def finish_accumulation(self, clients: Sequence[int]) -> None:
+        """Hand the sum over these clients' micro-batches to DeepSpeed as the step's gradient. Others' are dropped."""
+        sums, self._sums = self._sums, {}
+        self._in_flight.clear()
+        if not self.learns:
+            return
+        first, *others = [sums[client] for client in sorted(clients) if client in sums] or [
+            [torch.zeros_like(p) for p in self.parameters]
+        ]
+        for other in others:
+            for total, gradient in zip(first, other, strict=True):
+                total += gradient
+        # The gradient of this sum of products is what was accumulated; so DeepSpeed reduces and partitions it once.
+        pairs = zip(self.parameters, first, strict=True)
+        self._engine.backward(sum((p * g).sum() for p, g in pairs))
 
     def gradients(self) -> list[torch.Tensor]:
         """Full gradients of this step, summed over trunk ranks, in a fixed order. Collective at ZeRO 1-3."""
@@ -123,9 +166,15 @@ class Trunk:
 
     def skip(self) -> None:
         """Drop this step's gradients."""
-        if self.learns:
-            self._scale(0.0)
-            self._engine.optimizer.zero_grad()
+        if not self.learns:
+            return
+        if self.stage > 0:  # its own copies; not times 0, as not-a-number would stay
+            from deepspeed.utils import safe_set_full_grad
+
+            for parameter in self.parameters:
+                whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+                safe_set_full_grad(parameter, torch.zeros(whole, device=self.device))
+        self._engine.optimizer.zero_grad()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Trainable parameters and AdamW state by name, in float32, whole on every rank. Collective at ZeRO 1-3."""

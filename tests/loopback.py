@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 
 from hpc.aggregate import TrunkGroup
+from hpc.build_trunk import build_trunk
 from hpc.centralised import Centralised
-from hpc.checkpoint import checkpoint_folder, read_role
 from hpc.client import Client
 from hpc.config import Config
 from hpc.data.dataset import load_client_data
-from hpc.federation import head_learns
 from hpc.link.channel import Channel
 from hpc.link.cipher import make_cipher
 from hpc.link.transport import loopback_pair
 from hpc.model.build import ModelBuilder
 from hpc.model.source import load_tokenizer
+from hpc.replica_trunk import ReplicaTrunk
 from hpc.report.events import EventLog, read_events, role_path
 from hpc.server import Server
 from hpc.trunk import Trunk
@@ -103,19 +103,13 @@ def run_split(
                 channel.close()
 
     builder = ModelBuilder.of(config)
-    part = builder.part("trunk")
-    state = read_role(checkpoint_folder(folder, start), "trunk")[0] if start else {}
-    if start:
-        part.load_trainable(state)
-    trunk = Trunk(part, config, ranks=1, device=torch.device("cpu"))
-    if start:
-        trunk.load_moments(state)
+    device = torch.device("cpu")
+    trunk, _ = build_trunk(builder.part("trunk"), config, rank=0, device=device, folder=folder, start=start)
     server = Server(
         config=config,
         trunk=trunk,
         channels={client_id: pair[1] for client_id, pair in enumerate(pairs)},
         group=TrunkGroup(0, 1, 60),
-        head_learns=head_learns(config),
         hidden_size=builder.hidden_size,
         dtype=builder.dtype,
         log=EventLog(role_path(folder, "trunk-0")),
@@ -139,9 +133,17 @@ def run_split(
         assert not thread.is_alive(), "a client hangs"
     if failures:  # as the launcher does: the trunk's own words before a client's echo of them
         raise next((failure for failure in failures if "the trunk names whose" not in str(failure)), failures[0])
-    trained = {name: p.detach().clone() for name, p in trunk.part.trainable().items()}
+    trained = trunk_values(trunk)
     trained |= {name: p.detach().clone() for name, p in clients[0].learner.parameters.items()}
     return Outcome(losses_of(folder), correct_of(folder), trained, [clients[k] for k in sorted(clients)])
+
+
+def trunk_values(trunk: Trunk | ReplicaTrunk) -> dict[str, torch.Tensor]:
+    """What learns in the trunk by name; with replicas, `replica-<client>/<name>`."""
+    if isinstance(trunk, Trunk):
+        return {name: p.detach().clone() for name, p in trunk.part.trainable().items()}
+    state = trunk.state()
+    return {name.replace("/parameter/", "/"): value for name, value in state.items() if "/parameter/" in name}
 
 
 def run_centralised(config: Config, folder: Path, start: int = 0) -> Outcome:

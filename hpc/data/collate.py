@@ -134,6 +134,27 @@ def collate(rows: Sequence[Row], pad_id: int = 0) -> Batch:
     )
 
 
+def in_pieces(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
+    """The batch's rows in order as several batches of `sizes` rows, each as wide as its own longest row."""
+    if len(sizes) == 1:
+        return [batch]
+    pieces, first = [], 0
+    for size in sizes:
+        lengths = batch.lengths[first : first + size]
+        inside = (batch.label_rows_L >= first) & (batch.label_rows_L < first + size)
+        pieces.append(
+            Batch(
+                ids_BT=batch.ids_BT[first : first + size, : max(lengths)],
+                lengths=lengths,
+                label_rows_L=batch.label_rows_L[inside] - first,
+                label_positions_L=batch.label_positions_L[inside],
+                label_ids_L=batch.label_ids_L[inside],
+            )
+        )
+        first += size
+    return pieces
+
+
 def union(batches: Sequence[Batch]) -> Batch:
     """Several clients' batches as one, rows in the given order, padded to the longest."""
     if len(batches) == 1:

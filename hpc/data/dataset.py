@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.nn.functional import one_hot
 
 from hpc.config import Config, DataConfig
 from hpc.data import seeding
@@ -58,10 +59,14 @@ class ClientData:
         A pure function of (seed, client_id, step): the batches walk through one permutation of the rows after
         another, and a batch that begins at the end of one goes on into the next.
         """
+        return collate([self.train_rows[row] for row in self.row_numbers(step)])
+
+    def row_numbers(self, step: int) -> list[int]:
+        """Which of the training rows make up the `step`-th batch."""
         n = len(self.train_rows)
         first = step * self.per_client_batch_size
         places = [divmod(place, n) for place in range(first, first + self.per_client_batch_size)]
-        return collate([self.train_rows[epoch_order(self.seed, self.client_id, e, n)[place]] for e, place in places])
+        return [epoch_order(self.seed, self.client_id, e, n)[place] for e, place in places]
 
     def eval_batches(self, batch_size: int) -> list[EvalBatch]:
         """The held-out examples in order, at most `batch_size` rows a batch, but never less than one example."""
@@ -96,20 +101,39 @@ def _row_each_batch(items: list[EvalItem]) -> EvalBatch:
     return EvalBatch(**vars(collate(rows)), gold=tuple(item.gold for item in items), choice_ids_EC=None)
 
 
-def score_eval(batch: EvalBatch, logits_LV: torch.Tensor) -> tuple[int, int, list[int]]:
-    """Number right, number of examples, and the predicted verbaliser of each, from the logits at the label positions.
+@dataclass(kw_only=True, frozen=True)
+class Score:
+    """What a model made of held-out examples."""
 
-    An example's prediction is the verbaliser with the greatest log-probability, summed over its tokens.
-    """
+    correct: int
+    total: int
+    predictions: tuple[int, ...]
+    """Index of the verbaliser chosen in each example: that of the greatest log-probability, summed over its tokens."""
+    loss_sum: float
+    """Cross-entropy over the whole vocabulary (nats), summed over the right verbalisers' tokens."""
+    label_tokens: int
+    """Tokens of the right verbalisers."""
+
+
+def score_eval(batch: EvalBatch, logits_LV: torch.Tensor) -> Score:
+    """The score of `batch` from the logits at its label positions; computed in float32."""
+    logprobs_L = logits_LV.float().log_softmax(-1).gather(1, batch.label_ids_L[:, None])[:, 0]
     if batch.choice_ids_EC is not None:
         scores_EC = logits_LV.gather(1, batch.choice_ids_EC)
     else:
-        logprobs_L = logits_LV.float().log_softmax(-1).gather(1, batch.label_ids_L[:, None])[:, 0]
         scores_B = torch.zeros(len(batch.lengths)).index_add(0, batch.label_rows_L, logprobs_L)
         scores_EC = scores_B.view(len(batch.gold), -1)
-    predictions: list[int] = scores_EC.argmax(dim=1).tolist()
-    correct = sum(predicted == gold for predicted, gold in zip(predictions, batch.gold, strict=True))
-    return correct, len(batch.gold), predictions
+        # Rows of wrong verbalisers are there to be compared with; their loss says nothing about learning.
+        right_EC = one_hot(torch.tensor(batch.gold), scores_EC.shape[1]).bool()
+        logprobs_L = logprobs_L[right_EC.flatten()[batch.label_rows_L]]
+    predictions = tuple(scores_EC.argmax(dim=1).tolist())
+    return Score(
+        correct=sum(predicted == gold for predicted, gold in zip(predictions, batch.gold, strict=True)),
+        total=len(batch.gold),
+        predictions=predictions,
+        loss_sum=-float(logprobs_L.sum()),
+        label_tokens=len(logprobs_L),
+    )
 
 
 def load_client_data(config: Config, client_id: int, tokenizer: Any) -> ClientData:

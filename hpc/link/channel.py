@@ -8,6 +8,7 @@ comes again, too early, or in another's place does not open; the plain header is
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import torch
@@ -26,7 +27,10 @@ _LAST_WORDS_S = 5.0  # longest wait for an error message, or the rest at `close`
 
 
 class Channel:
-    """Sends and receives frames, for one thread. After a LinkError it is closed, and every later call says so."""
+    """Sends and receives frames. After a LinkError it is closed, and every later call says so.
+
+    For one thread; or one that sends and one that receives (`read_elsewhere`).
+    """
 
     def __init__(
         self,
@@ -39,13 +43,27 @@ class Channel:
         peer: str,
     ) -> None:
         """`timeout_s`: longest wait for the peer (seconds). The keys must be fresh: nonces begin at 0."""
-        self.peer, self.stats = peer, LinkStats()
+        self.peer = peer
+        self.heard = time.monotonic()
+        """When the peer's last frame came, ALIVE included."""
+        self._sent_stats, self._received_stats = LinkStats(), LinkStats()  # apart: two threads may count
+        self._read_elsewhere = False
+        self.timeout_s = timeout_s
         self._transport, self._timeout_s = transport, timeout_s
         self._outgoing = Outgoing(
-            transport, send_cipher, chunk_bytes=chunk_bytes, timeout_s=timeout_s, stats=self.stats
+            transport, send_cipher, chunk_bytes=chunk_bytes, timeout_s=timeout_s, stats=self._sent_stats
         )
-        self._incoming = Incoming(transport, recv_cipher, timeout_s=timeout_s, stats=self.stats)
+        self._incoming = Incoming(transport, recv_cipher, timeout_s=timeout_s, stats=self._received_stats)
         self._closed: str | None = None
+
+    @property
+    def stats(self) -> LinkStats:
+        """Both directions so far."""
+        return LinkStats.total((self._sent_stats, self._received_stats))
+
+    def read_elsewhere(self) -> None:
+        """From now on a thread of its own receives, so `send` must not touch that direction."""
+        self._read_elsewhere = True
 
     def send(self, header: Header, tensor: torch.Tensor | None = None) -> None:
         """Send a frame; dtype, shape and payload are the tensor's, which may be changed afterwards.
@@ -55,19 +73,23 @@ class Channel:
         """
         plain_header = self._outgoing.plain_header(header, tensor)
         with self._closing_on_error():
-            self._incoming.post()  # so that the answer comes straight in
+            if not self._read_elsewhere:
+                self._incoming.post()  # so that the answer comes straight in
             self._outgoing.send(plain_header, memoryview(b"") if tensor is None else payload_view(_on_host(tensor)))
 
-    def recv(self, *kinds: Kind, device: torch.device | None = None) -> Frame:
+    def recv(self, *kinds: Kind, device: torch.device | None = None, patience_s: float | None = None) -> Frame:
         """The next frame, of one of `kinds` (none given: any), its tensor on `device` (default: CPU).
 
-        ALIVE frames, which only begin the wait anew, are passed over. Raises PeerLost (gone, silent, or stopped with
-        an ERROR frame, whose text is shown), TamperError, ReplayError, ProtocolError.
+        `patience_s`: longest wait for it to begin (seconds; default: the channel's `timeout_s`). ALIVE frames, which
+        only begin the wait anew, are passed over. Raises PeerLost (gone, silent, or stopped with an ERROR frame, whose
+        text is shown), TamperError, ReplayError, ProtocolError.
         """
         with self._closing_on_error():
-            frame = self._incoming.recv(kinds, device)
-            while frame.header.kind is Kind.ALIVE and Kind.ALIVE not in kinds:
-                frame = self._incoming.recv(kinds, device)
+            while True:
+                frame = self._incoming.recv(kinds, device, patience_s)
+                self.heard = time.monotonic()
+                if frame.header.kind is not Kind.ALIVE or Kind.ALIVE in kinds:
+                    break
             if frame.header.kind is Kind.ERROR and Kind.ERROR not in kinds:
                 raise PeerLost(f"{self.peer} stopped: {_words(frame)}")
         return frame

@@ -95,6 +95,7 @@ class Frame:
 
 
 LOSS_NOT_FINITE = 1  # flag of GRAD_TRUNK_OUT: all that is told about a loss
+WOULD_STOP = 1  # flag of VOTE and VERDICT
 
 
 def describe(header: Header, tensor: torch.Tensor | None, chunk_bytes: int) -> Header:

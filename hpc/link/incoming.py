@@ -49,9 +49,9 @@ class Incoming:
             message = self._spare_firsts.popleft()
             self._first = self._transport.recv(message), message
 
-    def recv(self, kinds: tuple[Kind, ...], device: torch.device | None) -> Frame:
+    def recv(self, kinds: tuple[Kind, ...], device: torch.device | None, patience_s: float | None = None) -> Frame:
         """The next frame, or an ERROR frame. Raises PeerLost, TamperError, ReplayError, ProtocolError."""
-        header, plain_header, message = self._receive_header(kinds)
+        header, plain_header, message = self._receive_header(kinds, patience_s)
         tensor = None
         if header.dtype is not None:
             tensor = empty_like_header(header, pinned=device is not None and device.type == "cuda")
@@ -70,13 +70,13 @@ class Incoming:
             tensor = tensor.to(device, non_blocking=True)
         return Frame(header=header, tensor=tensor)
 
-    def _receive_header(self, kinds: tuple[Kind, ...]) -> tuple[Header, bytes, torch.Tensor]:
+    def _receive_header(self, kinds: tuple[Kind, ...], patience_s: float | None) -> tuple[Header, bytes, torch.Tensor]:
         """The header, its plain bytes, and the message, in which a small payload may follow."""
         self.post()
         assert self._first is not None
         (pending, message), wanted = self._first, " or ".join(kind.name for kind in kinds) or "a frame"
         start = time.perf_counter()
-        pending.wait(self._timeout_s, wanted)
+        pending.wait(self._timeout_s if patience_s is None else patience_s, wanted)
         self._stats.wait_s += time.perf_counter() - start
         self._first = None
         self._spare_firsts.append(message)

@@ -21,6 +21,8 @@ _TAG = 77
 _MAX_COUNT = 2**30  # bytes in one call; MPI's counts are 32 bits
 _HOT_S = 200e-6  # poll without sleeping this long: an answer over shared memory comes within it
 _LONGEST_NAP_S = 500e-6
+_IDLE_S = 0.1  # after so long a wait, longer naps: some threads wait for most of the time
+_LONGEST_IDLE_NAP_S = 2e-3
 _abandoned: list[memoryview] = []  # memory of cancelled operations, which MPI might still touch
 
 
@@ -52,7 +54,7 @@ class _MpiPending:
                 raise lost(self._peer, what, waited, "silent")
             if waited > _HOT_S:  # MPI would spin; an idle rank leaves the core to the others
                 time.sleep(nap)
-                nap = min(2 * nap, _LONGEST_NAP_S)
+                nap = min(2 * nap, _LONGEST_IDLE_NAP_S if waited > _IDLE_S else _LONGEST_NAP_S)
 
     def cancel(self) -> None:
         if self._requests:

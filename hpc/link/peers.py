@@ -71,6 +71,8 @@ class _Pair:
     def __init__(self, shared: bytes, *, public: bytes, mine: int, theirs: int, run_id: str) -> None:
         salt = hashlib.sha256(run_id.encode()).digest()
         self.public = public
+        lower, higher = sorted((mine, theirs))
+        self.secret = derive(shared, salt=salt, purpose=f"pair {lower} and {higher}")
         self.send_cipher = OpenSSLCipher(derive(shared, salt=salt, purpose=f"peer {mine} to {theirs}"))
         self.recv_cipher = OpenSSLCipher(derive(shared, salt=salt, purpose=f"peer {theirs} to {mine}"))
         self.send_nonces, self.recv_nonces = NonceCounter(), NonceCounter()
@@ -93,6 +95,7 @@ class PeerKeys:
         self._ephemeral = Ephemeral(random_bytes)
         self._pairs: dict[int, _Pair] = {}
         self._former: set[bytes] = set()
+        self._used: set[str] = set()
         mine = SignedEphemeral(client_id=client_id, run_id=run_id, public=self._ephemeral.public, signature=b"")
         mine.signature = sign(identity.key, mine.digest(), "peer key", random_bytes)
         self._message = mine.to_bytes()
@@ -128,6 +131,22 @@ class PeerKeys:
             shared, public=key.public, mine=self._client_id, theirs=key.client_id, run_id=self._run_id
         )
         return key.client_id
+
+    def pair_secret(self, other: int, purpose: str) -> bytes:
+        """32 bytes for one purpose, the same at `other` and known to nobody else; other ones in every run.
+
+        Raises IdentityError without its key.
+        """
+        if other not in self._pairs:
+            name, own = client_name(other), client_name(self._client_id)
+            raise IdentityError(f"masks missing in a secure round: {name} has not given its key to {own}")
+        return derive(self._pairs[other].secret, salt=b"", purpose=purpose)  # bound to the run by its own salt
+
+    def use_once(self, purpose: str) -> None:
+        """Notes what must not serve twice under these keys. Raises ReplayError the second time."""
+        if purpose in self._used:
+            raise ReplayError(f"{client_name(self._client_id)} used the {purpose} before; a new round has a new number")
+        self._used.add(purpose)
 
     def seal(self, to: int, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tensors for client `to`: one uint8 CPU tensor. Raises IdentityError without its key."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,19 +131,36 @@ class Prefix(nn.Module):
 
     def forward(self, rows: int) -> Any:
         """A `DynamicCache` holding `P` keys and values for every block, the same for each of `rows` rows."""
-        from transformers import DynamicCache
+        return self.cache([self.encode()], [rows])
 
-        cache, local = DynamicCache(), 0
+    def encode(self) -> list[torch.Tensor]:
+        """Keys and values of every block as `kv_2nHPK`, one tensor for each encoder."""
+        encoded = []
         for encoder in self.encoders.values():
             device = next(encoder.parameters()).device
             flat_PK = encoder(torch.arange(self.tokens, device=device)).to(self.dtype)
             # PEFT's layout: for each block its keys, then its values.
-            kv_2nHPK = flat_PK.view(self.tokens, -1, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)
-            for key_HPK, value_HPK in zip(kv_2nHPK[0::2], kv_2nHPK[1::2], strict=True):
-                shape = (rows, self.kv_heads, self.tokens, self.head_dim)
-                cache.update(key_HPK.expand(shape), value_HPK.expand(shape), local)
+            encoded.append(flat_PK.view(self.tokens, -1, self.kv_heads, self.head_dim).permute(1, 2, 0, 3))
+        return encoded
+
+    def cache(self, encoded: Sequence[Sequence[torch.Tensor]], rows: Sequence[int]) -> Any:
+        """A `DynamicCache` from what `encode` gave: `encoded[g]` for `rows[g]` rows, then the next group's rows."""
+        from transformers import DynamicCache
+
+        cache, local = DynamicCache(), 0
+        for kv_of_group in zip(*encoded, strict=True):
+            per_block = zip(*(kv_2nHPK.unbind(0) for kv_2nHPK in kv_of_group), strict=True)
+            kv_2n = [_repeat(kv, rows) for kv in per_block]
+            for key_BHPK, value_BHPK in zip(kv_2n[0::2], kv_2n[1::2], strict=True):
+                cache.update(key_BHPK, value_BHPK, local)
                 local += 1
         return cache
+
+
+def _repeat(groups_HPK: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
+    """Each group's tensor for each of its rows; a view where there is one group."""
+    expanded = [one_HPK.expand(count, *one_HPK.shape) for one_HPK, count in zip(groups_HPK, rows, strict=True)]
+    return expanded[0] if len(expanded) == 1 else torch.cat(expanded)
 
 
 def _sections(part: Part, cut: Cut) -> list[tuple[PartKind, int, int]]:

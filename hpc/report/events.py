@@ -60,7 +60,8 @@ class TrunkStep:
     seconds: Mapping[str, float]
     """Keys: TRUNK_SECONDS. `total` is the whole step without evaluation and checkpoints."""
     bytes: Mapping[str, int]
-    """`payload` (tensors) and `wire` (with headers and tags) over all its links, both directions."""
+    """`payload` (tensors) and `wire` (with headers and tags) over all its links, both directions; where the server
+    has a cache also `cached`, the payload that it made unnecessary to send."""
     learning_rate: float
     grad_norm: float
     """Norm over all three parts before clipping."""
@@ -94,6 +95,10 @@ class Evaluation:
     total: int
     client_id: int | None = None
     """Needed only from the role `centralised`; a client's role says who it is."""
+    loss_sum: float = math.nan
+    """Loss of the right answers (nats), summed over their label tokens."""
+    label_tokens: int = 0
+    """Of the right answers; 0: the loss is not known, as in files of before it was measured."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -149,7 +154,12 @@ class EventLog:
         self.note(event.name, **asdict(event))
 
     def note(self, name: str, **fields: Any) -> None:
-        """An event without a class of its own, e.g. `note("peer_lost", step=7, client_id=1)`."""
+        """An event without a class of its own. The report knows these, from trunk ranks:
+
+        `nonfinite` (step, client_id or -1, what): "activations", "loss" or "gradient" for which a step was left out;
+        `client_lost` (step, client_id, why); `early_stop` (step): the run's last;
+        `average` (step, seconds): parameters were averaged after `step`.
+        """
         line = {"event": name, "time": time.time(), "role": self.role, **fields}
         self._file = self._file or self._open()
         self._file.write(json.dumps(encode(line), allow_nan=False) + "\n")
@@ -209,13 +219,18 @@ def current_attempt(events: Iterable[Event]) -> list[Event]:
     kept: dict[tuple[Any, ...], Event] = {}
     for number, event in enumerate(events):
         if event["event"] == "started":
-            begin = event["step"]
-            kept = {key: old for key, old in kept.items() if begin > 0 and old.get("step", begin + 1) <= begin}
+            kept = {key: old for key, old in kept.items() if _outlives_restart(old, event["step"])}
         repeated = event["event"] in ("step", "eval")
         key = (event["event"], event["step"], event.get("client_id")) if repeated else (number,)
         kept.pop(key, None)
         kept[key] = event
     return list(kept.values())
+
+
+def _outlives_restart(event: Event, begin: int) -> bool:
+    """Whether `event` still counts once its role begins anew behind step `begin`."""
+    # Wherever a run was stopped early: if it begins anew, it did go on, or stops again and says so.
+    return begin > 0 and event["event"] != "early_stop" and event.get("step", begin + 1) <= begin
 
 
 def role_path(folder: str | Path, role: str) -> Path:

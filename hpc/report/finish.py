@@ -42,10 +42,8 @@ def _read_ended(folder: Path, deadline: float) -> dict[str, list[Event]]:
     """All roles' events; roles end at about the same time, so the reporting one may be some moments early."""
     while True:
         events = {role: read_events(path) for role, path in role_files(folder).items()}
-        if (
-            all(role == "baseline" or _has_ended(found) for role, found in events.items())
-            or time.monotonic() > deadline
-        ):
+        silent = {"baseline", *_lost(events)}
+        if all(role in silent or _has_ended(found) for role, found in events.items()) or time.monotonic() > deadline:
             return events
         time.sleep(POLL_SECONDS)
 
@@ -53,6 +51,16 @@ def _read_ended(folder: Path, deadline: float) -> dict[str, list[Event]]:
 def _has_ended(events: Sequence[Event]) -> bool:
     names = {event["event"] for event in current_attempt(events)}
     return "started" not in names or "summary" in names
+
+
+def _lost(events: Mapping[str, Sequence[Event]]) -> set[str]:
+    """Clients that were lost since their trunk rank began, and so may have no last word."""
+    lost: set[str] = set()
+    for found in events.values():
+        begins = [number for number, event in enumerate(found) if event["event"] == "started"]
+        newest = found[begins[-1] if begins else 0 :]
+        lost |= {f"client-{event['client_id']}" for event in newest if event["event"] == "client_lost"}
+    return lost
 
 
 def merge_events(events_by_role: Mapping[str, Sequence[Event]], path: Path) -> None:

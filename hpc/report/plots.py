@@ -1,20 +1,31 @@
-"""Plots of a run, from its summary: `loss.png` and `time.png`. Matplotlib is imported only when one is drawn."""
+"""Plots of a run, from its summary: `loss.png`, `clients.png`, `time.png`. Matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hpc.report.cells import MANY_CLIENTS
+from hpc.report.client_plot import plot_clients, shared_clients
+from hpc.report.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Summary,
+    finite,
+    known,
+    moving_average,
+    new_figure,
+    save,
+    title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-Summary = Mapping[str, Any]
-
-# Colours that stay apart for colour-blind readers and in grey print (Okabe and Ito's palette).
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#B8B8B8"
 COMPONENT_COLOURS = {
     "head": "#56B4E9",
     "trunk": BLUE,
@@ -32,8 +43,10 @@ WINDOWS_PER_CURVE = 20  # the moving average spans a twentieth of the run
 def plot_all(summary: Summary, folder: str | Path) -> list[Path]:
     """Draw what the summary has figures for; returns the files written."""
     drawn = []
-    if any(_finite(loss) for loss in summary["losses"]):
+    if any(finite(loss) for loss in summary["losses"]):
         drawn.append(plot_loss(summary, Path(folder) / "loss.png"))
+    if len(shared_clients(summary)) > 1:
+        drawn.append(plot_clients(summary, Path(folder) / "clients.png"))
     if any(seconds.get("total") for seconds in summary["seconds_per_step_by_role"].values()):
         drawn.append(plot_time(summary, Path(folder) / "time.png"))
     return drawn
@@ -42,33 +55,36 @@ def plot_all(summary: Summary, folder: str | Path) -> list[Path]:
 def plot_loss(summary: Summary, path: Path) -> Path:
     """Loss of each step with its moving average, the uncut model's loss, and accuracy in a panel of its own."""
     history = summary["eval"]["history"]
-    figure, axes = _figure(8, 5.5 if history else 4, heights=(3, 1.4) if history else (1,))
+    figure, axes = new_figure(8, 5.5 if history else 4, heights=(3, 1.4) if history else (1,))
     _draw_losses(axes[0], summary)
     if history:
         _draw_accuracy(axes[1], history)
         axes[0].tick_params(labelbottom=False)
         axes[1].sharex(axes[0])
     axes[-1].set_xlabel("optimiser step")
-    axes[0].set_title(_title(summary), loc="left", fontsize=11)
-    return _save(figure, path)
+    axes[0].set_title(title(summary), loc="left", fontsize=11)
+    return save(figure, path)
 
 
 def _draw_losses(axis: Axes, summary: Summary) -> None:
-    steps, losses = _known(enumerate(summary["losses"], start=summary["first_step"]))
+    steps, losses = known(enumerate(summary["losses"], start=summary["first_step"]))
     window = max(1, len(losses) // WINDOWS_PER_CURVE)
     axis.plot(steps, losses, color=BLUE, alpha=0.35 if window > 1 else 1, linewidth=1, label="each step")
     if window > 1:
         axis.plot(steps, moving_average(losses, window), color=BLUE, linewidth=2, label=f"mean of {window} steps")
     if summary["baseline"] is not None:
-        steps, losses = _known(summary["baseline"]["losses"])
+        steps, losses = known(summary["baseline"]["losses"])
         # Dots over the curve: the two agree so closely that a second line would only hide the first.
         axis.plot(steps, losses, "o", color=ORANGE, markersize=3, markerfacecolor="none", label="uncut model")
+    steps, losses = known(summary["eval"]["loss_history"])
+    if len(losses) > 1:  # one alone shows no course
+        axis.plot(steps, losses, "s", color=GREEN, markersize=5, label="held out")
     axis.set_ylabel("loss (nats per label token)")
     axis.legend(frameon=False)
 
 
 def _draw_accuracy(axis: Axes, history: Sequence[Sequence[float]]) -> None:
-    steps, accuracies = _known(history)
+    steps, accuracies = known(history)
     axis.plot(steps, [100 * accuracy for accuracy in accuracies], "o-", color=GREEN, linewidth=1.5, markersize=5)
     for step, accuracy in {steps[0]: accuracies[0], steps[-1]: accuracies[-1]}.items():
         below = accuracy > 0.8
@@ -87,9 +103,10 @@ def _draw_accuracy(axis: Axes, history: Sequence[Sequence[float]]) -> None:
 
 
 def plot_time(summary: Summary, path: Path) -> Path:
-    """One bar for each role: the parts of its mean step."""
-    roles = {role: bar_parts(s) for role, s in summary["seconds_per_step_by_role"].items() if s.get("total")}
-    figure, (axis,) = _figure(8, 1.7 + 0.45 * len(roles))
+    """One bar for each role (of many clients, for three): the parts of its mean step."""
+    timed = {role: s for role, s in summary["seconds_per_step_by_role"].items() if s.get("total")}
+    roles = {name: bar_parts(timed[role]) for name, role in _shown(timed).items()}
+    figure, (axis,) = new_figure(8, 1.7 + 0.45 * len(roles))
     names = list(roles)
     ends = [0.0] * len(names)
     for component, colour in COMPONENT_COLOURS.items():
@@ -101,9 +118,22 @@ def plot_time(summary: Summary, path: Path) -> Path:
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     axis.set_xlabel("wall time per step (s, mean without warm-up)")
-    axis.set_title(_title(summary), loc="left", fontsize=11)
+    axis.set_title(title(summary), loc="left", fontsize=11)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
+
+
+def _shown(timed: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """Name of a bar → its role. Of many clients those with the least, the median and the most work."""
+    clients = sorted(
+        (role for role in timed if role.startswith("client-")),
+        key=lambda role: timed[role]["total"] - timed[role].get("wait", 0.0),
+    )
+    if len(clients) <= MANY_CLIENTS:
+        return {role: role for role in timed}
+    places = {"least busy": 0, "median": (len(clients) - 1) // 2, "busiest": len(clients) - 1}
+    others = {role: role for role in timed if role not in clients}
+    return {**others, **{f"{clients[place]}\n({name})": clients[place] for name, place in places.items()}}
 
 
 def _label_ends(axis: Axes, ends: Sequence[float]) -> None:
@@ -118,43 +148,3 @@ def bar_parts(seconds: Mapping[str, float]) -> dict[str, float]:
     if not parts:
         return {"whole step": seconds["total"]}
     return {**parts, "other": max(0.0, seconds["total"] - math.fsum(parts.values()))}
-
-
-def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each place, of fewer at the beginning."""
-    return [math.fsum(values[max(0, end - window) : end]) / min(end, window) for end in range(1, len(values) + 1)]
-
-
-def _known(points: Any) -> tuple[list[float], list[float]]:
-    """Steps and values of the points whose value is a finite number."""
-    kept = [(step, value) for step, value in points if _finite(value)]
-    return [step for step, _ in kept], [value for _, value in kept]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _title(summary: Summary) -> str:
-    clients = summary["clients"]
-    return f"{summary['name']}: {summary['model']}, {summary['schedule']}, {clients} client{'s'[: clients != 1]}"
-
-
-def _figure(width: float, height: float, heights: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
-    """A figure drawn without a display, with panels of the given relative heights."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights))[:, 0])
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(visible=True, color="#EEEEEE")
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path)
-    return path

@@ -12,8 +12,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from hpc.report.cells import size
 from hpc.report.events import Event, Tail, role_files
-from hpc.report.table import size
 
 QUIET_SECONDS = 10.0  # least time between two plain lines
 LONG_SILENCE_SECONDS = 60.0  # a plain line after so long even if little was done
@@ -33,7 +33,7 @@ class Progress:
         stream: TextIO | None = None,
         terminal: bool | None = None,
     ) -> None:
-        """`clients_per_step`: who has a loss in a step, all clients, or 1 in `serial`. `stream`: stderr by default.
+        """`clients_per_step`: how many clients have a loss in a step, e.g. 1 in `serial`. `stream`: stderr by default.
 
         `terminal`: whether the stream can redraw a line; by default the stream is asked.
         """
@@ -46,6 +46,8 @@ class Progress:
         self._bytes: dict[int, dict[str, int]] = defaultdict(dict)
         self._step = 0
         self._seconds: float | None = None
+        self._lost: set[int] = set()
+        self._stopped_early = False
         self._said_step, self._said_at = 0, -math.inf
         self._bar: tqdm[None] | None = None
         if self._stream.isatty() if terminal is None else terminal:
@@ -76,6 +78,10 @@ class Progress:
     def _take(self, role: str, event: Event) -> None:
         if event["event"] == "started" and not role.startswith("client-"):
             self._begin(event["step"])
+        if event["event"] == "client_lost":
+            self._lost.add(event["client_id"])
+        if event["event"] == "early_stop":
+            self._stopped_early = True
         if event["event"] != "step":
             return
         step = event["step"]
@@ -91,6 +97,7 @@ class Progress:
     def _begin(self, step: int) -> None:
         """Go (back) to where this attempt begins; the bar's speed is counted from here."""
         self._step = self._said_step = step
+        self._lost, self._stopped_early = set(), False
         if self._bar is not None:
             self._bar.initial = self._bar.n = step
             self._bar.unpause()
@@ -100,7 +107,9 @@ class Progress:
         for step in range(self._step, max(self._step - 2, 0), -1):
             parts = self._losses.get(step, {})
             tokens = sum(count for _, count in parts.values())
-            if tokens and (len(parts) == self._clients or not any(role.startswith("client-") for role in parts)):
+            # How many of a step's clients are among the lost is not known here, as others may take part in each step.
+            all_here = len(parts) >= self._clients - len(self._lost)
+            if tokens and (all_here or not any(role.startswith("client-") for role in parts)):
                 return sum(loss for loss, _ in parts.values()) / tokens
         return None
 
@@ -111,6 +120,7 @@ class Progress:
             "" if loss is None else f"loss {loss:.4f}",
             "" if self._seconds is None else f"{self._seconds:.3f} s/step",
             f"{size(sent)}/step" if sent else "",
+            "stopped early" if self._stopped_early else "",
         ]
         return ", ".join(part for part in known if part)
 

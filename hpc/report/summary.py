@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc.config import Config
+from hpc.report.evaluation import evaluation_figures
 from hpc.report.events import Event, current_attempt, encode, role_order
+from hpc.report.incidents import incident_figures
+from hpc.report.losses import loss_figures, losses_by_client, mean_losses, missing_clients, step_losses
 from hpc.report.times import (
     WARM_UP_STEPS,
     EventsByRole,
@@ -39,21 +40,25 @@ def summarise(
     """
     events = {role: current_attempt(events_by_role[role]) for role in sorted(events_by_role, key=role_order)}
     split = {role: found for role, found in events.items() if role != "baseline"}
-    losses = _losses(config, split)
+    missing = missing_clients(config, split)
+    losses = {} if missing else step_losses(split)
     seconds = step_seconds(split)
     return {
         "name": config.run.name or name,
         **_described(config, split),
         "steps": len(seconds),
         "first_step": min(seconds, default=1),
-        **_loss_figures(losses, seconds),
-        "eval": _evaluation(config, split),
+        **loss_figures(losses, seconds),
+        "eval": evaluation_figures(split, missing=missing),
         **time_figures(split, seconds),
-        "link_bytes_per_step": _link_bytes(split),
+        **_link_figures(split),
+        **incident_figures(split),
         "baseline": _baseline(events.get("baseline", []), losses, seconds),
         **_role_figures(events),
         "machine": dict(machine or {}),
         "git_commit": commit,
+        # Last, because it is long.
+        "losses_by_client": losses_by_client(split),
     }
 
 
@@ -89,77 +94,23 @@ def _described(config: Config, events: EventsByRole) -> dict[str, Any]:
     }
 
 
-def _missing_clients(config: Config, events: EventsByRole) -> bool:
-    """Whether some client's file is not in the shared folder; a loss without it would not be the run's loss."""
-    return "centralised" not in events and any(f"client-{k}" not in events for k in range(config.train.clients))
+def _link_figures(events: EventsByRole) -> dict[str, Any]:
+    """Bytes over all links, both directions: the mean step's, and payload of the first and the last step."""
+    steps = by_step(event for event in events_named(events, "step", ("trunk-",)) if "bytes" in event)
 
+    def total(name: str, parts: Iterable[Event]) -> int:
+        return sum(part["bytes"].get(name, 0) for part in parts)
 
-def _losses(config: Config, events: EventsByRole) -> dict[int, float]:
-    """Step → mean loss over that step's label tokens (nats); empty if a client's losses are not shared."""
-    if _missing_clients(config, events):
-        return {}
-    return _mean_losses(events_named(events, "step", ("client-", "centralised")))
-
-
-def _mean_losses(found: Iterable[Event]) -> dict[int, float]:
-    def mean(parts: Sequence[Event]) -> float:
-        tokens = sum(part["label_tokens"] for part in parts)
-        return _exact_sum([part["loss_sum"] for part in parts]) / tokens if tokens else math.nan
-
-    return {step: mean(parts) for step, parts in by_step(found).items()}
-
-
-def _exact_sum(values: Sequence[float]) -> float:
-    """`math.fsum`, which raises on inf - inf where a plain sum says nan."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
-
-
-def _loss_figures(losses: Mapping[int, float], steps: Iterable[int]) -> dict[str, Any]:
-    values: list[float | None] = [losses.get(step) for step in steps]
+    sent = {name: or_none(statistics.fmean, [total(name, p) for p in steps.values()]) for name in ("payload", "wire")}
+    has_cache = any("cached" in part["bytes"] for parts in steps.values() for part in parts)
+    spared = [total("cached", parts) for parts in steps.values()] if has_cache else []
+    payload = [total("payload", parts) for parts in steps.values()]
     return {
-        "loss_first": values[0] if values else None,
-        "loss_last": values[-1] if values else None,
-        "losses": values,
+        "link_bytes_per_step": {**sent, "cached": or_none(statistics.fmean, spared)},
+        # A cache fills in the first epoch, so its worth shows between these two and not in the mean.
+        "link_bytes_first_step": payload[0] if payload else None,
+        "link_bytes_last_step": payload[-1] if payload else None,
     }
-
-
-def _evaluation(config: Config, events: EventsByRole) -> dict[str, Any]:
-    """Accuracy over all clients' held-out examples, first and last, and the same for each client."""
-    found: dict[str, dict[int, Event]] = defaultdict(dict)
-    for role in events:
-        for event in events_named({role: events[role]}, "eval"):
-            client = event.get("client_id")
-            found[role if client is None else f"client-{client}"][event["step"]] = event
-    steps = by_step(event for own in found.values() for event in own.values())
-    # A step that some client did not evaluate would compare two different sets of examples.
-    shared = {step: parts for step, parts in steps.items() if len(parts) == len(found)}
-    history = [] if _missing_clients(config, events) else _accuracies(shared)
-    names = sorted(found, key=role_order)
-    return {
-        **_before_and_after(history),
-        "per_client": {name: _before_and_after(_accuracies(by_step(found[name].values()))) for name in names},
-        "history": history,
-        "examples": sum(max(found[name].items())[1]["total"] for name in names),
-    }
-
-
-def _accuracies(steps: Mapping[int, Sequence[Event]]) -> list[list[float]]:
-    totals = {step: sum(event["total"] for event in parts) for step, parts in steps.items()}
-    return [[step, sum(e["correct"] for e in parts) / totals[step]] for step, parts in steps.items() if totals[step]]
-
-
-def _before_and_after(history: Sequence[Sequence[float]]) -> dict[str, float | None]:
-    return {
-        "accuracy": history[-1][1] if history else None,
-        "accuracy_before": history[0][1] if history else None,
-    }
-
-
-def _link_bytes(events: EventsByRole) -> dict[str, float | None]:
-    """Bytes per step over all links, both directions."""
-    found = [event for event in events_named(events, "step", ("trunk-",)) if "bytes" in event]
-    steps = len({event["step"] for event in found})
-    return {name: sum(e["bytes"][name] for e in found) / steps if steps else None for name in ("payload", "wire")}
 
 
 def _baseline(
@@ -169,7 +120,7 @@ def _baseline(
     steps = {step: parts[0] for step, parts in by_step(e for e in found if e["event"] == "step").items()}
     if not steps:
         return None
-    own = _mean_losses(steps.values())
+    own = mean_losses(steps.values())
     timed = [step for step in steps if step in split_seconds][WARM_UP_STEPS:]
     whole = or_none(statistics.median, [steps[step]["seconds"]["total"] for step in timed])
     split = or_none(statistics.median, [split_seconds[step] for step in timed])

@@ -27,7 +27,7 @@ def write_tensorboard(
 
 
 def scalars(summary: Mapping[str, Any], events_by_role: Mapping[str, Sequence[Event]]) -> Iterator[Scalar]:
-    """What is drawn: the run's loss and accuracy, and each role's own figures under its name."""
+    """What is drawn: the run's losses and accuracy, and each role's own figures under its name."""
     times: dict[int, float] = {}
     for role, found in events_by_role.items():
         for event in current_attempt(found):
@@ -39,6 +39,8 @@ def scalars(summary: Mapping[str, Any], events_by_role: Mapping[str, Sequence[Ev
             yield "loss", loss, step, times.get(step, 0.0)
     for step, accuracy in summary["eval"]["history"]:
         yield "accuracy", accuracy, step, times.get(step, 0.0)
+    for step, loss in summary["eval"]["loss_history"]:
+        yield "held_out_loss", loss, step, times.get(step, 0.0)
 
 
 def _of_role(role: str, event: Event) -> Iterator[Scalar]:
@@ -46,6 +48,8 @@ def _of_role(role: str, event: Event) -> Iterator[Scalar]:
     if event["event"] == "eval" and event["total"]:
         client = role if event.get("client_id") is None else f"client-{event['client_id']}"
         yield f"accuracy/{client}", event["correct"] / event["total"], step, when
+        if event.get("label_tokens"):
+            yield f"held_out_loss/{client}", event["loss_sum"] / event["label_tokens"], step, when
     if event["event"] != "step":
         return
     for name in ("learning_rate", "grad_norm"):

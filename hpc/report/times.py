@@ -58,6 +58,7 @@ def time_figures(events: EventsByRole, seconds: Mapping[int, float]) -> dict[str
         "tokens_per_second": sum(tokens) / total if tokens and total > 0 else None,
         "seconds_per_step": _whole_run_seconds(by_role),
         "seconds_per_step_by_role": by_role,
+        **_idle_shares({role: found for role, found in by_role.items() if role.startswith("trunk-")}),
     }
 
 
@@ -76,6 +77,15 @@ def _mean_seconds(found: Sequence[Event], steps: Iterable[int]) -> Seconds:
     parts = [event["seconds"] for event in found if event["step"] in chosen]
     names = list(dict.fromkeys(name for part in parts for name in part))
     return {name: math.fsum(part.get(name, 0.0) for part in parts) / len(parts) for name in names}
+
+
+def _idle_shares(ranks: Mapping[str, Seconds]) -> dict[str, Any]:
+    """What part of its steps each trunk rank waited, and the mean over ranks (as each of them occupies a device)."""
+    shares = {rank: own.get("wait", 0.0) / own["total"] for rank, own in ranks.items() if own.get("total")}
+    return {
+        "trunk_idle_share": or_none(statistics.fmean, list(shares.values())),
+        "trunk_idle_share_by_rank": shares,
+    }
 
 
 def _whole_run_seconds(by_role: Mapping[str, Seconds]) -> dict[str, float | None]:

@@ -181,5 +181,5 @@ def test_activation_checkpointing_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_everybody_and_names_the_client(tmp_path: Path) -> None:
-    with pytest.raises(NonFinite, match=r"step \d+: the loss of client [01] is not finite"):
+    with pytest.raises(NonFinite, match=r"step \d+: client 0: the .* not finite; client 1: the .* nobody stepped"):
         run_split(tiny(schedule="client_batch", learning_rate=1e30, max_grad_norm=0.0), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ TENSORS = {
 }
 
 
-def keys(folder: Path, client_id: int, run_id: str = "run") -> PeerKeys:
-    own = load_private(folder, client_name(client_id))
-    return PeerKeys(client_id, own, Authorised.load(folder).by_client_id(), run_id)
+def keys(folder: Path, client_id: int, run_id: str = "run", *, seed: bytes = b"") -> PeerKeys:
+    """`seed`: what the X25519 key is made of; random by default."""
+    own, pinned = load_private(folder, client_name(client_id)), Authorised.load(folder).by_client_id()
+    return PeerKeys(client_id, own, pinned, run_id, random_bytes=lambda size: seed[:size] or os.urandom(size))
 
 
 @pytest.fixture
@@ -136,6 +138,38 @@ def test_client_that_came_back_has_new_keys_and_its_old_one_is_refused(pristine_
         here.open(1, keys_message_replay(after))
     with pytest.raises(ReplayError, match="an earlier key of client-1"):
         here.add(before.public_message())
+
+
+def test_pair_secret_is_the_same_at_both_and_another_for_everything_else(trio: list[PeerKeys]) -> None:
+    secret = trio[0].pair_secret(1, "masks")
+    assert len(secret) == 32
+    assert secret == trio[1].pair_secret(0, "masks") == trio[0].pair_secret(1, "masks")
+    others = [trio[0].pair_secret(1, "mask"), trio[0].pair_secret(2, "masks"), trio[1].pair_secret(2, "masks")]
+    assert len({secret, *others}) == 4
+
+
+def test_pair_secret_is_bound_to_the_run(pristine_keys: Path) -> None:
+    def pair_secret(run_id: str) -> bytes:
+        """With the same X25519 keys in every run, so that only the run differs."""
+        pair = [keys(pristine_keys, client_id, run_id, seed=bytes([client_id + 1]) * 32) for client_id in range(2)]
+        pair[0].add(pair[1].public_message())
+        return pair[0].pair_secret(1, "masks")
+
+    assert pair_secret("run") == pair_secret("run")
+    assert pair_secret("run") != pair_secret("another")
+
+
+def test_pair_secret_without_its_key_names_the_client(pristine_keys: Path) -> None:
+    with pytest.raises(IdentityError, match="masks missing in a secure round: client-1 has not given its key to clie"):
+        keys(pristine_keys, 0).pair_secret(1, "masks")
+
+
+def test_what_is_for_one_use_is_refused_the_second_time(trio: list[PeerKeys]) -> None:
+    trio[0].use_once("mask of round 1")
+    trio[0].use_once("mask of round 2")
+    trio[1].use_once("mask of round 1")
+    with pytest.raises(ReplayError, match="client-0 used the mask of round 1 before"):
+        trio[0].use_once("mask of round 1")
 
 
 def keys_message_replay(peer: PeerKeys) -> torch.Tensor:

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc.config import TrainConfig
-from hpc.schedule import Evaluate, HandOver, TrainStep, batch_index, clients_of_step, instructions, total_steps
+from hpc.schedule import Evaluate, HandOver, TrainStep, clients_of_step, instructions, total_steps
 
 trains = st.builds(
     TrainConfig,
-    schedule=st.sampled_from(["serial", "client_batch", "centralised"]),
+    schedule=st.sampled_from(["serial", "client_batch", "centralised", "pipelined", "replica"]),
     clients=st.integers(1, 64),
     max_steps=st.integers(1, 60),
     sync_every=st.integers(1, 5),
@@ -34,9 +34,11 @@ def test_every_step_comes_once_and_in_order(train: TrainConfig, evaluate: bool) 
 @given(trains)
 def test_a_client_uses_its_batches_one_after_another(train: TrainConfig) -> None:
     used: dict[int, list[int]] = {}
-    for step in range(train.max_steps):
-        for client in clients_of_step(train, step):
-            used.setdefault(client, []).append(batch_index(train, step))
+    for order in instructions(train, evaluate=False):
+        if isinstance(order, TrainStep):
+            assert order.clients == clients_of_step(train, order.step)
+            for client in order.clients:
+                used.setdefault(client, []).append(order.batch_of(client))
     for batches in used.values():
         assert batches == list(range(len(batches)))
 

@@ -1,0 +1,144 @@
+"""What has come over several links: taken link by link, or whichever comes first.
+
+`Inbox` reads a link when it is asked to. `ReadingInbox` has a thread for each link that receives and opens frames
+while the caller computes, so it can say which came first.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from hpc.errors import HpcError, LinkError, ProtocolError
+from hpc.link.channel import Channel
+from hpc.link.frame import Frame
+from hpc.link.kinds import Kind
+from hpc.link.transport import lost
+
+_AHEAD = 8  # frames of one link that may wait to be taken; a peer that sends more than its program says is held up
+_FOR_EVER_S = 30 * 86400.0  # the thread waits without being asked to; the deadline is that of whoever asks
+_LOOK_S = 1.0  # between two looks at the deadlines
+
+
+class Inbox:
+    """Reads the channels in the caller's own thread."""
+
+    def __init__(self, channels: Mapping[int, Channel]) -> None:
+        self.channels = channels
+
+    def recv(self, peer: int, *kinds: Kind, device: torch.device | None = None) -> Frame:
+        """The peer's next frame. Raises as `Channel.recv` does."""
+        return self.channels[peer].recv(*kinds, device=device)
+
+    @property
+    def waited_s(self) -> float:
+        """Wall seconds in which the caller waited for frames to begin."""
+        return sum(channel.stats.wait_s for channel in self.channels.values())
+
+
+class ReadingInbox(Inbox):
+    """Reads every channel in a thread of its own, from the first call to its BYE."""
+
+    def __init__(self, channels: Mapping[int, Channel], *, timeout_s: float) -> None:
+        super().__init__(channels)
+        self._timeout_s = timeout_s
+        self._changed = threading.Condition()
+        self._frames: dict[int, deque[Frame]] = {peer: deque() for peer in channels}
+        self._arrivals: deque[int] = deque()  # peers in the order in which their frames came
+        self._broken: dict[int, HpcError] = {}
+        self._asked: dict[int, float] = {}  # since when a peer is waited for
+        self._waited_s, self._last, self.broken_peer = 0.0, -1, -1
+        for peer, channel in channels.items():
+            channel.read_elsewhere()
+            threading.Thread(target=self._read, args=(peer, channel), name=f"read-{peer}", daemon=True).start()
+
+    @property
+    def waited_s(self) -> float:
+        return self._waited_s
+
+    def recv(self, peer: int, *kinds: Kind, device: torch.device | None = None) -> Frame:
+        return _checked(self._take((peer,), wait=True), peer, kinds, self.channels[peer], device)
+
+    def recv_any(
+        self, peers: Mapping[int, tuple[Kind, ...]], *, wait: bool, device: torch.device | None = None
+    ) -> tuple[int, Frame | None]:
+        """The first frame of any of `peers`, of the kinds due from it; `(-1, None)` if none is here and not `wait`.
+
+        Raises what broke a link, only after the frames before it were taken; `broken_peer` then says whose.
+        """
+        frame = self._take(tuple(peers), wait=wait)
+        if frame is None:
+            return -1, None
+        peer = self._last
+        return peer, _checked(frame, peer, peers[peer], self.channels[peer], device)
+
+    def _take(self, peers: Sequence[int], *, wait: bool) -> Frame | None:
+        start = time.perf_counter()
+        with self._changed:
+            try:
+                while True:
+                    peer = next((peer for peer in self._arrivals if peer in peers), None)
+                    if peer is not None:
+                        return self._hand_out(peer)
+                    for peer in peers:
+                        if peer in self._broken:
+                            self.broken_peer = peer
+                            raise self._broken[peer]
+                    if not wait:
+                        return None
+                    self._check_deadlines(peers)
+                    self._changed.wait(min(_LOOK_S, self._timeout_s / 10))
+            finally:
+                self._waited_s += time.perf_counter() - start
+
+    def _hand_out(self, peer: int) -> Frame:
+        self._arrivals.remove(peer)
+        self._asked.pop(peer, None)
+        self._last = peer
+        frame = self._frames[peer].popleft()
+        self._changed.notify_all()
+        return frame
+
+    def _check_deadlines(self, peers: Sequence[int]) -> None:
+        now = time.monotonic()
+        for peer in peers:
+            channel = self.channels[peer]
+            silent = now - max(self._asked.setdefault(peer, now), channel.heard)
+            if silent > self._timeout_s:
+                self._broken[peer] = lost(channel.peer, "its next frame", silent, "silent")
+                channel.close()
+
+    def _read(self, peer: int, channel: Channel) -> None:
+        try:
+            while True:
+                frame = channel.recv(patience_s=_FOR_EVER_S)
+                with self._changed:
+                    self._changed.wait_for(lambda: len(self._frames[peer]) < _AHEAD)
+                    self._frames[peer].append(frame)
+                    self._arrivals.append(peer)
+                    self._changed.notify_all()
+                if frame.header.kind is Kind.BYE:
+                    return
+        except HpcError as error:
+            broken = error
+        except Exception as error:  # a thread's traceback would go unseen
+            broken = LinkError(f"{channel.peer}: {type(error).__name__}: {error}")
+        with self._changed:
+            self._broken.setdefault(peer, broken)
+            self._changed.notify_all()
+
+
+def _checked(
+    frame: Frame | None, peer: int, kinds: tuple[Kind, ...], channel: Channel, device: torch.device | None
+) -> Frame:
+    assert frame is not None, "asked to wait"
+    if kinds and frame.header.kind not in kinds:
+        wanted = " or ".join(kind.name for kind in kinds)
+        raise ProtocolError(f"{channel.peer} sent {frame.header.kind.name} where {wanted} was due")
+    if frame.tensor is not None and device is not None:
+        return Frame(header=frame.header, tensor=frame.tensor.to(device))
+    return frame

@@ -1,0 +1,155 @@
+"""A trunk rank's clients: what they send, checked; what is sent to them; and who is lost.
+
+Shape suffixes: S all valid tokens of one frame, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from hpc.config import Config
+from hpc.errors import LinkError, PeerLost, ProtocolError
+from hpc.link.channel import Channel
+from hpc.link.frame import Frame, Header
+from hpc.link.inbox import Inbox, ReadingInbox
+from hpc.link.kinds import Kind
+from hpc.link.stats import LinkStats
+from hpc.programs import Lost, Micro, Recv
+from hpc.ragged import split_rows
+from hpc.report.events import EventLog
+
+HIDDEN_STATES = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT, Kind.EVAL_SMASHED)
+TRAINED = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT)
+
+_log = logging.getLogger("hpc")
+
+
+class Served:
+    """The links of one trunk rank."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        channels: Mapping[int, Channel],
+        device: torch.device,
+        hidden_size: int,
+        dtype: torch.dtype,
+        log: EventLog,
+    ) -> None:
+        self.channels, self.device, self.log = channels, device, log
+        self.hidden_size, self.dtype = hidden_size, dtype
+        self.lost: set[int] = set()
+        self._spares_clients = config.train.min_clients > 0
+        self._pieces = split_rows(config.train.per_client_batch_size, config.train.resolved_micro_batches)
+        self._longest = config.data.longest_row
+        self._caches = config.caches_smashed
+        if config.train.schedule == "pipelined" and channels:
+            self.inbox: Inbox = ReadingInbox(channels, timeout_s=config.link.timeout_s)
+        else:
+            self.inbox = Inbox(channels)
+
+    def recv(self, frame: Recv, step: int, *, on_device: bool = True) -> Frame | None:
+        """This frame of this client; None if the client is lost and the run goes on without it.
+
+        Raises ProtocolError for a frame of another step or with other rows than the handshake agreed on.
+        """
+        client = frame.micro.client
+        if client in self.lost:
+            return None
+        try:
+            found = self.inbox.recv(client, frame.kind, device=self.device if on_device else None)
+        except PeerLost as error:
+            self._lose(client, step, error)
+            return None
+        self._check(found, frame, step)
+        return found
+
+    def recv_any(self, awaited: Sequence[Recv], step: int, *, wait: bool) -> tuple[Recv | Lost | None, Frame | None]:
+        """Whichever of these frames comes first; `Lost` for a client that is gone; None if none is here yet."""
+        assert isinstance(self.inbox, ReadingInbox), "only a schedule that takes what comes first asks for any"
+        for frame in awaited:
+            if frame.micro.client in self.lost:
+                return Lost(frame.micro.client), None
+        kinds = {frame.micro.client: (frame.kind,) for frame in awaited}
+        try:
+            client, found = self.inbox.recv_any(kinds, wait=wait, device=self.device)
+        except PeerLost as error:
+            self._lose(self.inbox.broken_peer, step, error)
+            return Lost(self.inbox.broken_peer), None
+        if found is None:
+            return None, None
+        due = next(frame for frame in awaited if frame.micro.client == client)
+        self._check(found, due, step)
+        return due, found
+
+    def send(self, client: int, header: Header, tensor: torch.Tensor | None = None) -> None:
+        """Send, unless the client is lost."""
+        if client in self.lost:
+            return
+        try:
+            self.channels[client].send(header, tensor)
+        except PeerLost as error:
+            self._lose(client, header.step, error)
+
+    def present(self, clients: Iterable[int]) -> list[int]:
+        """Those of `clients` that are this rank's and not lost."""
+        return [client for client in clients if client in self.channels and client not in self.lost]
+
+    def keep_waiting(self, busy: Sequence[int]) -> None:
+        """Clients that wait for others' work hear that it goes on, so that a deadline means silence, not patience."""
+        for client in self.present(self.channels):
+            if client not in busy:
+                self.send(client, Header(kind=Kind.ALIVE))
+
+    def flush(self) -> None:
+        for client in self.present(self.channels):
+            self.channels[client].flush()
+
+    def stats(self) -> LinkStats:
+        """Over all links; `wait_s` is the time in which this rank had nothing to do but wait for a client."""
+        total = LinkStats.total(channel.stats for channel in self.channels.values())
+        total.wait_s = self.inbox.waited_s
+        return total
+
+    def _lose(self, client: int, step: int, error: LinkError) -> None:
+        if not self._spares_clients:
+            raise error
+        self.lost.add(client)
+        self.channels[client].close()
+        self.log.note("client_lost", step=step + 1, client_id=client, why=str(error))
+        _log.warning("client %d is lost; the run goes on without it: %s", client, error)
+
+    def _check(self, found: Frame, due: Recv, step: int) -> None:
+        header, who = found.header, f"client {due.micro.client}"
+        name = header.kind.name
+        if header.step != step:
+            raise ProtocolError(f"{who} sent {name} of step {header.step}, not {step}")
+        if header.kind not in HIDDEN_STATES:
+            return
+        if not header.lengths or min(header.lengths) < 1:
+            raise ProtocolError(f"{who} sent {name} with row lengths {header.lengths}")
+        if max(header.lengths) > self._longest:
+            raise ProtocolError(
+                f"{who} sent {name} with a row of {max(header.lengths)} tokens; at most {self._longest} were agreed on"
+            )
+        whole = header.kind is not Kind.SMASHED or not self._caches  # else the cache has the rest, and checks
+        tokens = sum(header.lengths) if whole else header.shape[0] if header.shape else -1
+        if header.shape != (tokens, self.hidden_size) or header.dtype != self.dtype:
+            raise ProtocolError(
+                f"{who} sent {name} of {header.shape}, {header.dtype}; due: "
+                f"{(sum(header.lengths), self.hidden_size)}, {self.dtype}"
+            )
+        if header.kind in TRAINED:
+            self._check_batch(header, due.micro, who)
+
+    def _check_batch(self, header: Header, micro: Micro, who: str) -> None:
+        rows = self._pieces[micro.piece]
+        if header.micro != micro.piece or len(header.lengths) != rows:
+            raise ProtocolError(
+                f"{who} sent {header.kind.name} of {len(header.lengths)} rows as piece {header.micro}; agreed: "
+                f"{rows} rows as piece {micro.piece} (--train.per_client_batch_size, --train.micro_batches)"
+            )

@@ -1,0 +1,402 @@
+"""One training step of a trunk rank: its program (`hpc.programs.trunk_step`) carried out.
+
+`ServedStep` is what all schedules share; `SharedStep` has one set of trunk values for all clients, `ReplicaStep` one a
+client. Shape suffixes: B rows of several clients together, T longest row, D hidden size, S valid tokens of one client.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from hpc.errors import NonFinite, ProtocolError
+from hpc.learner import seed_dropout
+from hpc.link.frame import LOSS_NOT_FINITE, Frame, Header
+from hpc.link.kinds import Kind
+from hpc.optim import MAX_SKIPS, Decision, decide, global_norm, square_sum
+from hpc.programs import Backward, Combine, Forward, Lost, Micro, Recv, RecvAny, Send, Step, TrunkAct
+from hpc.ragged import pack, pad
+from hpc.schedule import TrainStep
+from hpc.server_side import ServerSide
+from hpc.server_sum import ServedSum
+
+_CAUSES = ("activations", "loss", "gradient")  # what of a client is not finite; the place is the code
+
+
+class ServedStep:
+    """Carries out one step's program; keeps what lies between its instructions."""
+
+    def __init__(self, side: ServerSide, order: TrainStep) -> None:
+        self._side, self._order = side, order
+        self._mine = side.served.present(order.clients)
+        self._smashed: dict[Micro, torch.Tensor] = {}  # packed
+        self._headers: dict[Micro, Header] = {}  # of what was received first: row lengths, label tokens
+        self._rows: dict[Micro, list[int]] = {}
+        self._out: dict[Micro, torch.Tensor] = {}  # to be sent: trunk_out, then its gradient's way back; packed
+        self._grads: dict[Micro, torch.Tensor] = {}
+        self._shares: dict[int, Frame] = {}
+        self._sum: ServedSum | None = None
+        self._causes: dict[int, int] = {}
+        self._scale = side.loss_scale.value
+        self.cached_bytes = 0
+        seed_dropout(side.train.seed, order.step, f"trunk-{side.group.rank}")
+
+    def carry_out(self, act: TrunkAct) -> Recv | Lost | None:
+        """The next instruction of the program; what is returned is the answer to a question."""
+        watch = self._side.watch
+        match act:
+            case Recv():
+                on_device = act.kind in (Kind.SMASHED, Kind.GRAD_TRUNK_OUT)
+                frame = self._side.served.recv(act, self._order.step, on_device=on_device)
+                if frame is not None:
+                    self._take(act, frame)
+            case RecvAny():
+                answer, frame = self._side.served.recv_any(act.awaited, self._order.step, wait=act.wait)
+                if isinstance(answer, Recv) and frame is not None:
+                    self._take(answer, frame)
+                return answer
+            case Send():
+                self._send(act)
+            case Forward():
+                with watch.measure("trunk"):
+                    self._forward(act.batch)
+            case Backward():
+                with watch.measure("trunk"):
+                    self._backward(act.batch)
+            case Combine():
+                self._combine(act.kind)
+            case Step():
+                with watch.measure("trunk"):
+                    self._step()
+        return None
+
+    def decisions(self) -> Mapping[int, Decision]:
+        """What was decided for each client; with shared trunk values, the same for all."""
+        raise NotImplementedError
+
+    # What comes
+
+    def _take(self, due: Recv, frame: Frame) -> None:
+        micro, header = due.micro, frame.header
+        match due.kind:
+            case Kind.ROWS:
+                self._rows[micro] = frame.payload.tolist()
+            case Kind.SMASHED:
+                self._headers[micro] = header
+                self._smashed[micro] = self._completed(micro, frame)
+                self._note_cause(micro.client, "activations", bool(frame.payload.isfinite().all()))
+            case Kind.GRAD_TRUNK_OUT:
+                if header.lengths != self._headers[micro].lengths:
+                    raise ProtocolError(
+                        f"client {micro.client} sent GRAD_TRUNK_OUT with row lengths {header.lengths} for "
+                        f"{self._headers[micro].lengths}"
+                    )
+                self._grads[micro] = frame.payload
+                self._note_cause(micro.client, "loss", not header.flags & LOSS_NOT_FINITE)
+                self._note_cause(micro.client, "gradient", bool(frame.payload.isfinite().all()))
+            case Kind.PART_GRADS:
+                self._shares[micro.client] = frame
+                finite = math.isfinite(header.square_sum) and not header.flags & LOSS_NOT_FINITE
+                self._note_cause(micro.client, "gradient", finite)
+            case _:
+                self._secure_sum().take(due.kind, micro.client, frame)
+
+    def _completed(self, micro: Micro, frame: Frame) -> torch.Tensor:
+        """The whole batch, with the rows that the cache has."""
+        cache = self._side.caches.get(micro.client)
+        if cache is None:
+            return frame.payload
+        rows, lengths, sent_SD = self._rows.pop(micro), frame.header.lengths, frame.payload
+        if len(rows) != len(lengths):
+            raise ProtocolError(f"client {micro.client} named {len(rows)} examples for {len(lengths)} rows")
+        held = cache.book.enter(rows, lengths)
+        due = sum(length for length, here in zip(lengths, held, strict=True) if not here)
+        if sent_SD.shape[0] != due:
+            who = f"client {micro.client}"
+            raise ProtocolError(f"{who} sent {sent_SD.shape[0]} tokens beside what the cache has; {due} were due")
+        self.cached_bytes += (sum(lengths) - due) * sent_SD.shape[1] * sent_SD.element_size()
+        return cache.complete(rows, lengths, held, sent_SD)
+
+    def _note_cause(self, client: int, what: str, finite: bool) -> None:
+        if not finite:
+            self._causes.setdefault(client, _CAUSES.index(what) + 1)
+
+    # What is worked out
+
+    def _stack(self, packed: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
+        """Packed rows as one padded batch `_BTD`; a row of zeros if this rank has no client."""
+        if not packed:
+            return self._side.zero_BTD
+        return pad(packed[0] if len(packed) == 1 else torch.cat(list(packed)), lengths)
+
+    def _unstack(self, batch: Sequence[Micro], rows_BTD: torch.Tensor) -> None:
+        first = 0
+        for micro in batch:
+            lengths = self._headers[micro].lengths
+            own_BTD = rows_BTD[first : first + len(lengths), : max(lengths)]
+            self._out[micro] = pack(own_BTD, lengths).contiguous()
+            first += len(lengths)
+
+    def _lengths(self, batch: Sequence[Micro]) -> list[int]:
+        return [length for micro in batch for length in self._headers[micro].lengths]
+
+    def _forward(self, planned: tuple[Micro, ...]) -> None:
+        """`planned` without those who are lost. What is kept for the backward pass is the trunk's business."""
+        batch = tuple(micro for micro in planned if micro in self._smashed)
+        smashed_BTD = self._stack([self._smashed.pop(micro) for micro in batch], self._lengths(batch))
+        self._forwarded = batch
+        self._unstack(batch, self._run_forward(batch, smashed_BTD))
+
+    def _backward(self, planned: tuple[Micro, ...]) -> None:
+        """Rows of a client that is lost since its forward pass get a gradient of zero."""
+        batch = planned if self._side.traits.first_come else self._forwarded
+        size, dtype = self._side.zero_BTD.shape[-1], self._side.zero_BTD.dtype
+        device = self._side.trunk.device
+        packed = [
+            self._grads[micro]
+            if micro in self._grads
+            else torch.zeros(sum(self._headers[micro].lengths), size, dtype=dtype, device=device)
+            for micro in batch
+        ]
+        grad_smashed_BTD = self._run_backward(batch, self._stack(packed, self._lengths(batch)))
+        for micro in batch:
+            if micro in self._grads:
+                self._grads[micro] = packed[0][:0]  # it came; its memory is no longer needed
+        if self._side.traits.head_learns and batch:
+            assert grad_smashed_BTD is not None
+            self._unstack(batch, grad_smashed_BTD)
+
+    def _combine(self, kind: Kind) -> None:
+        if kind is Kind.SMASHED:
+            self._know_weights()
+        elif kind is Kind.PART_GRADS:
+            self._agree()
+        else:
+            self._secure_sum().combine(kind)
+
+    def _secure_sum(self) -> ServedSum:
+        if self._sum is None:
+            self._sum = ServedSum(self._side, clients=self._order.clients, step=self._order.step)
+        return self._sum
+
+    # What is sent
+
+    def _send(self, act: Send) -> None:
+        client = act.micro.client
+        match act.kind:
+            case Kind.TRUNK_OUT | Kind.GRAD_SMASHED:
+                if act.micro in self._out:
+                    self._send_rows(act.kind, act.micro)
+            case Kind.STEP:
+                self._send_step(client)
+            case _:
+                self._secure_sum().send(act.kind, client)
+
+    def _send_rows(self, kind: Kind, micro: Micro) -> None:
+        header = Header(
+            kind=kind,
+            step=self._order.step,
+            micro=micro.piece,
+            lengths=self._headers[micro].lengths,
+            weight=self._divisor(micro.client),
+            square_sum=self._scale,
+        )
+        self._side.served.send(micro.client, header, self._out.pop(micro))
+
+    # What the schedules do in their own way
+
+    def _know_weights(self) -> None:
+        raise NotImplementedError
+
+    def _divisor(self, client: int) -> float:
+        """What the client divides its loss sum by."""
+        raise NotImplementedError
+
+    def _run_forward(self, batch: tuple[Micro, ...], smashed_BTD: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _run_backward(self, batch: tuple[Micro, ...], grad_BTD: torch.Tensor) -> torch.Tensor | None:
+        raise NotImplementedError
+
+    def _agree(self) -> None:
+        raise NotImplementedError
+
+    def _send_step(self, client: int) -> None:
+        raise NotImplementedError
+
+    def _step(self) -> None:
+        raise NotImplementedError
+
+    def _decide(self, scaled_norm: float, scale: float) -> Decision:
+        side, step = self._side, self._order.step
+        return decide(side.train, scaled_norm=scaled_norm, scale=scale, step=step, steps=side.steps)
+
+    def _all_causes(self) -> dict[int, str]:
+        """Client → what of it is not finite, known to all ranks."""
+        codes = self._side.group.merge(self._causes, self._side.train.clients)
+        return {client: _CAUSES[code - 1] for client, code in codes.items() if code}
+
+    def _leave_out(self, causes: Mapping[int, str]) -> None:
+        """This step is not finite: say so, or end the run."""
+        side, step = self._side, self._order.step + 1
+        if side.loss_scale.dynamic:
+            return
+        words = {"activations": "the smashed activations are", "loss": "the loss is", "gradient": "the gradient is"}
+        whose = "; ".join(f"client {client}: {words[what]} not finite" for client, what in causes.items())
+        whose = whose or "a gradient is not finite"
+        advice = "Lower --train.learning_rate"
+        if side.train.on_nonfinite == "stop":
+            side.served.flush()
+            raise NonFinite(f"step {step}: {whose}; nobody stepped. {advice}, or use --train.on_nonfinite skip")
+        for client, what in causes.items() or [(-1, "gradient")]:
+            side.served.log.note("nonfinite", step=step, client_id=client, what=what)
+        if side.skipped >= MAX_SKIPS:
+            side.served.flush()
+            raise NonFinite(f"step {step}: {whose}; {side.skipped} steps in a row were left out. {advice}")
+
+
+class SharedStep(ServedStep):
+    """One set of trunk values, one norm and one decision for all clients."""
+
+    def _know_weights(self) -> None:
+        """Label tokens of all clients: known before the forward pass, or (first come first served) after the last."""
+        came = list(self._headers)
+        if self._side.traits.first_come:  # what a client did before it was lost is dropped
+            here = self._side.served.present(self._mine)
+            came = [micro for micro in self._grads if micro.client in here]
+        self._label_tokens = self._side.group.sum(math.fsum(self._headers[micro].weight for micro in came))
+
+    def _divisor(self, client: int) -> float:
+        """Where the clients' label tokens are not known yet, a power of two: what it leaves over, `_rest` takes out."""
+        if not self._side.traits.first_come:
+            return self._label_tokens
+        train = self._side.train
+        return 2.0 ** math.floor(math.log2(len(self._order.clients) * train.per_client_batch_size))
+
+    def _rest(self) -> float:
+        """What the gradients are still to be divided by, once all that came are summed."""
+        lost = [micro for micro in self._headers if micro not in self._grads]
+        present = self._label_tokens
+        if not self._side.traits.first_come:
+            present -= self._side.group.sum(math.fsum(self._headers[micro].weight for micro in lost))
+        return max(present, 1.0) / self._divisor(-1)
+
+    def _run_forward(self, batch: tuple[Micro, ...], smashed_BTD: torch.Tensor) -> torch.Tensor:
+        return self._side.shared.forward(smashed_BTD, batch=batch, input_learns=self._side.traits.head_learns)
+
+    def _run_backward(self, batch: tuple[Micro, ...], grad_BTD: torch.Tensor) -> torch.Tensor | None:
+        return self._side.shared.backward(grad_BTD, batch=batch)
+
+    def _agree(self) -> None:
+        """The norm over all parts, and the clients' summed gradient."""
+        side = self._side
+        self._scale_told, self._scale = self._scale, self._scale * self._rest()
+        with side.watch.measure("trunk"):
+            if side.traits.first_come:
+                side.shared.finish_accumulation(side.served.present(self._mine))
+            trunk_squares = side.shared.square_sum()
+        self._summed = self._sum_gradients()
+        if self._summed is None:
+            squares = [self._shares[client].header.square_sum for client in sorted(self._shares)]
+            part_squares = side.group.sum(math.fsum(squares))
+        else:
+            part_squares = square_sum([self._summed])
+        causes = self._all_causes()
+        # In fixed point a client that is not finite sends zeros: its word counts.
+        norm = math.nan if causes else global_norm(part_squares, trunk_squares)
+        self._norm, self._decision = norm, self._decide(norm, self._scale)
+        side.skipped = 0 if self._decision.finite else side.skipped + 1
+        self._why = causes
+
+    def decisions(self) -> Mapping[int, Decision]:
+        return dict.fromkeys(self._order.clients, self._decision)
+
+    def _sum_gradients(self) -> torch.Tensor | None:
+        """Summed in client order, then over trunk ranks; None unless they are shared."""
+        side = self._side
+        if not side.traits.shares_gradient:
+            return None
+        if side.traits.secure:
+            return (self._secure_sum().result() * self._scale_told).float()
+        vectors = [self._shares[client].payload for client in sorted(self._shares)]
+        total = torch.zeros(side.part_values)
+        for number, vector in enumerate(vectors):
+            if vector.shape != total.shape or vector.dtype != torch.float32:
+                who, due = f"client {sorted(self._shares)[number]}", f"due: {tuple(total.shape)}, float32"
+                raise ProtocolError(f"{who} shares a gradient of {tuple(vector.shape)}, {vector.dtype}; {due}")
+            total = vector if number == 0 else total.add_(vector)
+        return side.group.sum_tensor(total)
+
+    def _send_step(self, client: int) -> None:
+        header = Header(kind=Kind.STEP, step=self._order.step, square_sum=self._norm, weight=self._scale)
+        self._side.served.send(client, header, self._summed)
+
+    def _step(self) -> None:
+        """Step the trunk, or leave the step out with everybody."""
+        side, decision = self._side, self._decision
+        if not decision.finite:
+            self._leave_out(self._why)
+        side.loss_scale.update(finite=decision.finite)
+        if decision.finite:
+            side.shared.step(factor=decision.factor, rate=decision.rate)
+        else:
+            side.shared.skip()
+
+
+class ReplicaStep(ServedStep):
+    """Each client's own trunk values, norm and decision."""
+
+    def _know_weights(self) -> None:
+        pass
+
+    def _divisor(self, client: int) -> float:
+        return self._headers[Micro(client)].weight
+
+    def _groups(self, batch: Sequence[Micro]) -> list[tuple[int, int]]:
+        return [(micro.client, len(self._headers[micro].lengths)) for micro in batch]
+
+    def _run_forward(self, batch: tuple[Micro, ...], smashed_BTD: torch.Tensor) -> torch.Tensor:
+        if not batch:
+            return smashed_BTD
+        learns = self._side.traits.head_learns
+        return self._side.replicas.forward(smashed_BTD, self._groups(batch), input_learns=learns)
+
+    def _run_backward(self, batch: tuple[Micro, ...], grad_BTD: torch.Tensor) -> torch.Tensor | None:
+        return self._side.replicas.backward(grad_BTD) if batch else None
+
+    def _agree(self) -> None:
+        """For each client the norm over its own three parts."""
+        side = self._side
+        self._norms: dict[int, float] = {}
+        self._decisions: dict[int, Decision] = {}
+        for client, share in sorted(self._shares.items()):
+            norm = global_norm(share.header.square_sum, side.replicas.square_sum(client))
+            self._norms[client] = math.nan if client in self._causes else norm
+            self._decisions[client] = self._decide(self._norms[client], self._scale)
+        own = {client: 0 if decision.finite else 1 for client, decision in self._decisions.items()}
+        failed = [client for client, code in side.group.merge(own, side.train.clients).items() if code]
+        causes = self._all_causes()
+        self._why = {client: causes.get(client, "gradient") for client in failed}
+        side.skipped = side.skipped + 1 if failed else 0
+
+    def decisions(self) -> Mapping[int, Decision]:
+        return self._decisions
+
+    def _send_step(self, client: int) -> None:
+        if client in self._norms:
+            header = Header(kind=Kind.STEP, step=self._order.step, square_sum=self._norms[client], weight=self._scale)
+            self._side.served.send(client, header)
+
+    def _step(self) -> None:
+        side = self._side
+        if self._why:
+            self._leave_out(self._why)
+        for client in self._mine:
+            decision = self._decisions.get(client)
+            if decision is not None and decision.finite:
+                side.replicas.step(client, factor=decision.factor, rate=decision.rate)
+            else:  # not finite, or lost on the way
+                side.replicas.skip(client)
+        side.loss_scale.update(finite=not self._why)
