@@ -1,11 +1,8 @@
-"""The uncut model trained beside a split run, step by step in turn, so that both meet the same machine.
-
-A machine's speed drifts by 10% within minutes: a ratio of two runs one after the other would measure the drift.
-"""
+"""The uncut model trained beside a split run, step by step in turn (`hpc.turns`), to compare loss and time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,56 +16,34 @@ from hpc.rendezvous import Rendezvous
 from hpc.report.events import Ended, EventLog, Started, role_path
 from hpc.report.provenance import peak_rss_mib
 from hpc.schedule import TrainStep, instructions
+from hpc.turns import TURNS, Ring, Turns
 
+# The run's turn may hold an evaluation and take long; the launcher ends this process if the run ends.
 LONGEST_RUN = timedelta(days=30)
-GO, DONE = "baseline/go/{}", "baseline/done/{}"
-
-
-class BaselineTurns:
-    """Trunk rank 0's side: after a step of the run, one step of the baseline, for the first so many steps."""
-
-    def __init__(self, meeting: Rendezvous, config: Config) -> None:
-        self._store, self._steps = meeting.store, config.run.baseline_steps
-        self._timeout = timedelta(seconds=config.link.timeout_s)
-
-    def take(self, step: int) -> None:
-        """Let the baseline take its turn and wait until it has."""
-        if step < self._steps:
-            self._store.set(GO.format(step), "1")
-            with lost_if_broken("the baseline is gone or silent"):
-                self._store.wait([DONE.format(step)], self._timeout)
-
-
-def await_baseline(meeting: Rendezvous, config: Config) -> Callable[[int], None]:
-    """A client's side: begin no step while the baseline takes its turn, or they would share the cores."""
-    timeout = timedelta(seconds=config.link.timeout_s)
-
-    def before_step(step: int) -> None:
-        if 0 < step <= config.run.baseline_steps:
-            with lost_if_broken("the baseline is gone or silent"):
-                meeting.store.wait([DONE.format(step - 1)], timeout)
-
-    return before_step
 
 
 def run_baseline(config: Config, meeting: Rendezvous) -> None:
-    """The baseline's own process: wait for each turn, take it, say so."""
-    with (
-        lost_if_broken("trunk rank 0 is gone or silent"),
-        EventLog(role_path(Path(meeting.output_folder()), "baseline")) as events,
-    ):
+    """The baseline's own process: wait for each turn and take one step."""
+    ring = Ring.from_json(os.environ[TURNS])
+    turns = Turns(meeting.store, ring, timeout=LONGEST_RUN)
+    with lost_if_broken("trunk rank 0 is gone or silent"):
+        folder = Path(meeting.output_folder())
+    with EventLog(role_path(folder, "baseline")) as events:
         model, builder = build_centralised(config, events)
         steps = [each for each in instructions(config.train, evaluate=False) if isinstance(each, TrainStep)]
-        for order in steps[: config.run.baseline_steps]:
-            step = order.step
-            # An evaluation may come first and take long; the launcher ends this process if the run ends.
-            meeting.store.wait([GO.format(step)], LONGEST_RUN)
-            if step == 0:
+        for turn, order in enumerate(steps[: ring.turns]):
+            turns.begin(turn)
+            if turn == 0:
                 events.write(Started())
             model.train_step(order)
-            meeting.store.set(DONE.format(step), "1")
-        parameters = {"model": count_parameters(model.model)}
-        events.write(Ended(peak_rss_mib=peak_rss_mib(), parameters=parameters, keys_read=len(builder.source.keys_read)))
+            if turn == ring.turns - 1:  # before the run goes on, so that its report finds it
+                events.write(_ended(model, builder))
+            turns.end(turn)
+
+
+def _ended(model: Centralised, builder: ModelBuilder) -> Ended:
+    parameters = {"model": count_parameters(model.model)}
+    return Ended(peak_rss_mib=peak_rss_mib(), parameters=parameters, keys_read=len(builder.source.keys_read))
 
 
 def build_centralised(config: Config, events: EventLog) -> tuple[Centralised, ModelBuilder]:

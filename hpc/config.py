@@ -254,6 +254,11 @@ class Config:
             "a trunk rank without clients would only ever idle; lower --trunk.ranks",
         )
         require(
+            self.train.min_clients == 0 or self.link.transport != "mpi",
+            "--train.min_clients does not work with --link.transport mpi: an MPI job ends with any of its processes; "
+            "use gloo",
+        )
+        require(
             self.train.early_stopping_patience == 0 or self.data.evaluates,
             "--train.early_stopping_patience needs held-out examples; give --data.val_examples (and a val_file)",
         )

@@ -10,11 +10,10 @@ import torch
 
 from hpc.aggregate import TrunkGroup
 from hpc.agreement import agreement
-from hpc.baseline import BaselineTurns, await_baseline, run_baseline
+from hpc.baseline import run_baseline
 from hpc.checkpoint import find
 from hpc.config import Config
 from hpc.errors import DataError, HpcError
-from hpc.launcher import BASELINE
 from hpc.link.broken import lost_if_broken
 from hpc.link.channel import Channel
 from hpc.link.connect import open_client_channel, open_server_channel
@@ -27,6 +26,7 @@ from hpc.report.events import Ended, EventLog, Started, role_path
 from hpc.report.provenance import peak_rss_mib, versions
 from hpc.schedule import clients_of_step, total_steps
 from hpc.topology import Place, clients_of_trunk_rank
+from hpc.turns import TURNS, step_hooks
 
 log = logging.getLogger("hpc")
 
@@ -83,20 +83,24 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
         # Every role is up: only now is anything written.
         if reports:
             save_config(folder, yaml)
-            if config.run.baseline_steps and BASELINE not in os.environ and not start:
+            if config.run.baseline_steps and TURNS not in os.environ and not start:
                 log.warning("--run.baseline_steps is left out: it needs launch/local.py as a single process")
         events.write(Started(step=start))
         per_step = len(clients_of_step(config.train, 0))
         progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=per_step)
-        turns = BaselineTurns(meeting, config) if BASELINE in os.environ else None
+
+        def payload() -> dict[str, float]:
+            stats = server.served.stats()
+            return {"payload": stats.payload_bytes_sent + stats.payload_bytes_received}
+
+        turns = step_hooks(config, place.name, store=meeting.store, log=events, meter=payload)
 
         def after_step(step: int) -> None:
             if reports:
                 progress.poll()
-                if turns is not None:
-                    turns.take(step)
 
-        server.run(after_step)
+        server.run(after_step, turns.before_step)
+        turns.finish()
         parameters = {"trunk": {"owned": trunk.owned, "trainable": trunk.trainable}}
         events.write(_ended(parameters, keys_read, meeting.transport_name))
         group.barrier()
@@ -131,6 +135,7 @@ def run_client(config: Config, place: Place) -> None:
             peers = PeerKeys(client_id, identity, pinned, meeting.run_id())
         events = EventLog(role_path(folder, place.name))
         parameters = {name: count_parameters(part) for name, part in (("head", head), ("tail", tail))}
+        turns = step_hooks(config, place.name, store=meeting.store, log=events)
         client = Client(
             client_id=client_id,
             config=config,
@@ -143,7 +148,7 @@ def run_client(config: Config, place: Place) -> None:
             device=device_of(config, place),
             folder=folder,
             start=start,
-            before_step=await_baseline(meeting, config) if BASELINE in os.environ else lambda step: None,
+            before_step=turns.before_step,
         )
         client.open()
         events.write(Started(step=start))
@@ -153,6 +158,7 @@ def run_client(config: Config, place: Place) -> None:
 
         # Before the goodbye, so that whoever reports after it finds everything.
         client.run(before_goodbye=last_event)
+        turns.finish()
 
 
 def run_centralised(config: Config, yaml: str) -> None:
@@ -169,7 +175,9 @@ def run_centralised(config: Config, yaml: str) -> None:
 
         progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=1)
         model, builder = build_centralised(config, events)
-        model.run(folder, start=start, after_step=lambda step: progress.poll())
+        turns = step_hooks(config, "centralised", store=None, log=events)
+        model.run(folder, start=start, before_step=turns.before_step, after_step=lambda step: progress.poll())
+        turns.finish()
         events.write(_ended({"model": count_parameters(model.model)}, len(builder.source.keys_read), None))
         progress.close()
     report(config, folder)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from hpc.config import Config
 from hpc.errors import HpcError, TopologyError
+from hpc.schedule import total_steps
+from hpc.turns import TURNS, Ring
 
 GRACE_S = 15.0  # for the others to notice a dead role and end by themselves
 POLL_S = 0.05
@@ -45,21 +47,25 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
         environ["MASTER_PORT"] = str(listener.getsockname()[1])
         compares = config.run.baseline_steps > 0 and config.run.resume_from_checkpoint is None
         if compares:
-            environ[BASELINE] = "1"
+            environ[TURNS] = _ring(config, "run").to_json()
         command = [sys.executable, str(script), *arguments]
         if config.link.transport == "mpi":
+            clients: list[subprocess.Popen[bytes]] = []  # an MPI job ends with any of its processes
             listener.close()  # mpirun passes no open file on; rank 0 binds the port again
             if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
                 environ["TERM"] = "dumb"
             processes = [_start([*mpirun(config.world_size), *command], environ)]
         else:
             processes = _start_ranks(config.world_size, command, environ, listener)
+            clients = processes[config.trunk.ranks :]
+        least = config.train.min_clients
         if compares:
-            processes.append(_start(command, {**environ, BASELINE: "me"}))
+            own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
+            processes.append(_start(command, {**environ, **own}))
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _end_on_request)
         try:
-            _watch(processes, Path(words))
+            _watch(processes, Path(words), clients if least else [], least)
         finally:
             _stop(processes)
 
@@ -70,6 +76,12 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")
     return kept
+
+
+def _ring(config: Config, me: str) -> Ring:
+    """The run and the uncut model beside it: a step of the one, then a step of the other."""
+    turns = min(config.run.baseline_steps, total_steps(config.train))
+    return Ring(members=("run", "baseline"), me=me, turns=turns)
 
 
 def mpirun(processes: int) -> list[str]:
@@ -119,18 +131,32 @@ def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ..
     return subprocess.Popen(command, env=environ, pass_fds=hand_down, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def _watch(processes: list[subprocess.Popen[bytes]], words: Path) -> None:
-    """Until all have ended well, or one has failed and the others have had their time to end."""
+def _watch(
+    processes: list[subprocess.Popen[bytes]], words: Path, spared: list[subprocess.Popen[bytes]], least: int
+) -> None:
+    """Until all have ended well, or one has failed and the others have had their time to end.
+
+    Of those `spared`, some may fail as long as `least` are left.
+    """
     deadline = None
     while any(process.poll() is None for process in processes):
-        if deadline is None and any(process.poll() for process in processes):
+        if deadline is None and _fatal(processes, spared, least):
             deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
-    failed = [process for process in processes if process.returncode]
+    failed = _fatal(processes, spared, least)
     if failed:
         raise _cause(failed, words)
+
+
+def _fatal(
+    processes: list[subprocess.Popen[bytes]], spared: list[subprocess.Popen[bytes]], least: int
+) -> list[subprocess.Popen[bytes]]:
+    """The processes whose failure ends the run."""
+    failed = [process for process in processes if process.poll()]
+    left = sum(process not in failed for process in spared)
+    return [process for process in failed if process not in spared or left < least]
 
 
 def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:

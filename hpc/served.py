@@ -5,6 +5,7 @@ Shape suffixes: S all valid tokens of one frame, D hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -55,17 +56,18 @@ class Served:
     def recv(self, frame: Recv, step: int, *, on_device: bool = True) -> Frame | None:
         """This frame of this client; None if the client is lost and the run goes on without it.
 
-        Raises ProtocolError for a frame of another step or with other rows than the handshake agreed on.
+        A client that sends a frame of another step, or other rows than the handshake agreed on, is lost as well; where
+        the run needs every client, ProtocolError is raised.
         """
         client = frame.micro.client
         if client in self.lost:
             return None
         try:
             found = self.inbox.recv(client, frame.kind, device=self.device if on_device else None)
-        except PeerLost as error:
+            self._check(found, frame, step)
+        except LinkError as error:
             self._lose(client, step, error)
             return None
-        self._check(found, frame, step)
         return found
 
     def recv_any(self, awaited: Sequence[Recv], step: int, *, wait: bool) -> tuple[Recv | Lost | None, Frame | None]:
@@ -77,13 +79,13 @@ class Served:
         kinds = {frame.micro.client: (frame.kind,) for frame in awaited}
         try:
             client, found = self.inbox.recv_any(kinds, wait=wait, device=self.device)
-        except PeerLost as error:
-            self._lose(self.inbox.broken_peer, step, error)
-            return Lost(self.inbox.broken_peer), None
-        if found is None:
-            return None, None
-        due = next(frame for frame in awaited if frame.micro.client == client)
-        self._check(found, due, step)
+            if found is None:
+                return None, None
+            due = next(frame for frame in awaited if frame.micro.client == client)
+            self._check(found, due, step)
+        except LinkError as error:
+            self._lose(self.inbox.taken_from, step, error)
+            return Lost(self.inbox.taken_from), None
         return due, found
 
     def send(self, client: int, header: Header, tensor: torch.Tensor | None = None) -> None:
@@ -92,7 +94,7 @@ class Served:
             return
         try:
             self.channels[client].send(header, tensor)
-        except PeerLost as error:
+        except LinkError as error:
             self._lose(client, header.step, error)
 
     def present(self, clients: Iterable[int]) -> list[int]:
@@ -106,8 +108,10 @@ class Served:
                 self.send(client, Header(kind=Kind.ALIVE))
 
     def flush(self) -> None:
+        """Let what was sent leave, as well as it goes: for the moment before this rank ends the run."""
         for client in self.present(self.channels):
-            self.channels[client].flush()
+            with contextlib.suppress(LinkError):
+                self.channels[client].flush()
 
     def stats(self) -> LinkStats:
         """Over all links; `wait_s` is the time in which this rank had nothing to do but wait for a client."""
@@ -119,6 +123,8 @@ class Served:
         if not self._spares_clients:
             raise error
         self.lost.add(client)
+        if not isinstance(error, PeerLost):
+            self.channels[client].send_error(str(error))
         self.channels[client].close()
         self.log.note("client_lost", step=step + 1, client_id=client, why=str(error))
         _log.warning("client %d is lost; the run goes on without it: %s", client, error)

@@ -66,9 +66,19 @@ def channel_pair(encryption: str, wrap: Callable[[Any], Any] = lambda transport:
 
 
 def run_split(
-    config: Config, folder: Path, *, wrap: Callable[[Any], Any] = lambda t: t, peers: Any = None, start: int = 0
+    config: Config,
+    folder: Path,
+    *,
+    wrap: Callable[[Any], Any] = lambda t: t,
+    peers: Any = None,
+    start: int = 0,
+    prepare: Callable[[Client], None] = lambda client: None,
+    dying: frozenset[int] = frozenset(),
 ) -> Outcome:
-    """Train as `config` says, every role a thread; raises what the first failing role raised."""
+    """Train as `config` says, every role a thread; raises what the first failing role raised.
+
+    `prepare` is called with each client before it opens; clients in `dying` may fail.
+    """
     one_rank_group()
     pairs = [channel_pair(config.link.encryption, wrap) for _ in range(config.train.clients)]
     failures: list[BaseException] = []
@@ -90,14 +100,15 @@ def run_split(
             folder=folder,
             start=start,
         )
+        prepare(clients[client_id])
         clients[client_id].open()
         clients[client_id].run()
 
-    def guarded(work: Callable[[], None], channels: list[Channel]) -> None:
+    def guarded(work: Callable[[], None], channels: list[Channel], may_fail: bool = False) -> None:
         try:
             work()
         except BaseException as error:
-            failures.append(error)
+            failures.extend([] if may_fail else [error])
             for channel in channels:
                 channel.send_error(str(error))
                 channel.close()
@@ -117,7 +128,7 @@ def run_split(
         start=start,
     )
     threads = [
-        threading.Thread(target=guarded, args=(lambda k=k: client(k), [pairs[k][0]]), daemon=True)
+        threading.Thread(target=guarded, args=(lambda k=k: client(k), [pairs[k][0]], k in dying), daemon=True)
         for k in range(config.train.clients)
     ]
     for thread in threads:

@@ -55,6 +55,7 @@ class Channel:
         )
         self._incoming = Incoming(transport, recv_cipher, timeout_s=timeout_s, stats=self._received_stats)
         self._closed: str | None = None
+        self._peer_is_lost = False
 
     @property
     def stats(self) -> LinkStats:
@@ -120,10 +121,12 @@ class Channel:
     @contextlib.contextmanager
     def _closing_on_error(self) -> Iterator[None]:
         if self._closed is not None:
-            raise LinkError(f"the channel to {self.peer} is closed: {self._closed}")
+            kind = PeerLost if self._peer_is_lost else LinkError
+            raise kind(f"the channel to {self.peer} is closed: {self._closed}")
         try:
             yield
         except LinkError as error:
+            self._peer_is_lost = isinstance(error, PeerLost)
             self._close(str(error))
             raise
 

@@ -51,7 +51,7 @@ class ReadingInbox(Inbox):
         self._arrivals: deque[int] = deque()  # peers in the order in which their frames came
         self._broken: dict[int, HpcError] = {}
         self._asked: dict[int, float] = {}  # since when a peer is waited for
-        self._waited_s, self._last, self.broken_peer = 0.0, -1, -1
+        self._waited_s, self.taken_from = 0.0, -1
         for peer, channel in channels.items():
             channel.read_elsewhere()
             threading.Thread(target=self._read, args=(peer, channel), name=f"read-{peer}", daemon=True).start()
@@ -68,12 +68,13 @@ class ReadingInbox(Inbox):
     ) -> tuple[int, Frame | None]:
         """The first frame of any of `peers`, of the kinds due from it; `(-1, None)` if none is here and not `wait`.
 
-        Raises what broke a link, only after the frames before it were taken; `broken_peer` then says whose.
+        Raises what broke a link, only after the frames before it were taken. `taken_from` says whose link or frame it
+        was.
         """
         frame = self._take(tuple(peers), wait=wait)
         if frame is None:
             return -1, None
-        peer = self._last
+        peer = self.taken_from
         return peer, _checked(frame, peer, peers[peer], self.channels[peer], device)
 
     def _take(self, peers: Sequence[int], *, wait: bool) -> Frame | None:
@@ -86,7 +87,7 @@ class ReadingInbox(Inbox):
                         return self._hand_out(peer)
                     for peer in peers:
                         if peer in self._broken:
-                            self.broken_peer = peer
+                            self.taken_from = peer
                             raise self._broken[peer]
                     if not wait:
                         return None
@@ -98,7 +99,7 @@ class ReadingInbox(Inbox):
     def _hand_out(self, peer: int) -> Frame:
         self._arrivals.remove(peer)
         self._asked.pop(peer, None)
-        self._last = peer
+        self.taken_from = peer
         frame = self._frames[peer].popleft()
         self._changed.notify_all()
         return frame

