@@ -53,6 +53,7 @@ class Trunk:
         full = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,  # its default is 1.0, on the trunk alone; clipping is by the norm over all parts
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**31,

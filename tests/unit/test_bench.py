@@ -81,7 +81,7 @@ def test_figures_leave_the_warm_up_out() -> None:
     profile = found["profile"]
     assert profile["trunk"] == {"trunk": 9.75, "wait": 3.25, "other": 0.0, "between": 10.5, "total": 23.5}
     assert profile["client"]["tail"] == 6.5
-    assert profile["client"]["between"] == 21.5
+    assert profile["client"]["between"] == 22.5
 
 
 def test_the_uncut_model_has_no_links() -> None:
