@@ -206,8 +206,11 @@ class Trunk:
 
     def _make_moments(self) -> None:
         """A step at rate 0 with zero gradients changes no parameter, but makes PyTorch create AdamW's state."""
-        zero_BTD = torch.zeros(1, 1, self._hidden_size, dtype=self._dtype, device=self.device)
-        self.backward(torch.zeros_like(self.forward(zero_BTD, input_learns=True)))
+        if self._accumulates:
+            self.finish_accumulation(())
+        else:
+            zero_BTD = torch.zeros(1, 1, self._hidden_size, dtype=self._dtype, device=self.device)
+            self.backward(torch.zeros_like(self.forward(zero_BTD, input_learns=True)))
         set_learning_rate(self._engine.optimizer, 0.0)
         self._engine.step()
 

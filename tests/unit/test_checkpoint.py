@@ -47,6 +47,39 @@ def test_resumed_equals_uninterrupted(method: str, stage: int, tmp_path: Path) -
         assert torch.equal(tensor, resumed.trained[name]), name
 
 
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"schedule": "pipelined", "micro_batches": 2},
+        {"schedule": "client_batch", "aggregation": "fedavg", "sync_every": 2},
+        {"schedule": "replica", "sync_every": 2, "clients": 3, "clients_per_round": 2},
+        {"schedule": "replica", "aggregation": "none", "sync_every": 5},
+        {"schedule": "serial", "sync_every": 2, "eval_every": 2},
+    ],
+)
+def test_every_schedule_resumes_in_the_middle_of_a_round(train: dict[str, Any], tmp_path: Path) -> None:
+    """Clients outside the round's cohort keep their moments, averages fall where they would have."""
+    config = tiny(**train)
+    peers = None
+    if config.train.hands_over:
+        from hpc.link.identity import ensure_local
+        from tests.unit.test_lost_clients import peers_in
+
+        ensure_local(tmp_path / "keys", 3)
+        peers = [peers_in(tmp_path / "keys"), peers_in(tmp_path / "keys")]
+    whole = run_split(config, tmp_path, peers=peers and peers[0])
+    for path in tmp_path.glob("roles/*/metrics.jsonl"):
+        path.unlink()
+    resumed = run_split(config, tmp_path, start=3, peers=peers and peers[1])
+    assert resumed.losses == whole.losses[3:]
+    assert resumed.correct[8] == whole.correct[8]
+    for name, tensor in whole.trained.items():
+        assert torch.equal(tensor, resumed.trained[name]), name
+    for one, other in zip(whole.clients, resumed.clients, strict=True):
+        for name, tensor in one.learner.parameters.items():
+            assert torch.equal(tensor, other.learner.parameters[name]), name
+
+
 def test_the_baseline_resumes_too(tmp_path: Path) -> None:
     config = tiny(schedule="centralised")
     whole = run_centralised(config, tmp_path)
@@ -55,10 +88,10 @@ def test_the_baseline_resumes_too(tmp_path: Path) -> None:
     assert run_centralised(config, tmp_path, start=6).losses == whole.losses[6:]
 
 
-@pytest.mark.parametrize("schedule", ["serial", "client_batch"])
+@pytest.mark.parametrize("schedule", ["serial", "client_batch", "replica"])
 @pytest.mark.parametrize("start", [2, 4, 6])
 def test_the_rest_of_the_schedule_is_the_same(schedule: Any, start: int) -> None:
-    train = TrainConfig(schedule=schedule, clients=3, max_steps=9, save_every=2, eval_every=3)
+    train = TrainConfig(schedule=schedule, clients=3, clients_per_round=2, max_steps=9, save_every=2, eval_every=3)
     stream = list(instructions(train, evaluate=True))
     assert list(instructions(train, evaluate=True, start=start)) == stream[stream.index(Save(step=start)) + 1 :]
 

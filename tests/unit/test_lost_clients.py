@@ -97,7 +97,7 @@ def test_without_leave_a_lost_client_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_too_few_that_are_left_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(LinkError, match="2 of 3 clients are left; --train.min_clients is 3"):
+    with pytest.raises(LinkError, match=r"2 of 3 clients are left; --train\.min_clients is 3"):
         run(tmp_path, Kind.SMASHED, min_clients=3)
 
 
