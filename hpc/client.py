@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hpc.acts import Recv, Send
 from hpc.checkpoint import checkpoint_folder, read_role, write_role
 from hpc.client_side import ClientSide
 from hpc.client_step import ClientStepRun
@@ -24,7 +25,7 @@ from hpc.link.frame import WOULD_STOP, Header
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
 from hpc.model.part import Part
-from hpc.programs import Recv, Send, Traits, client_step, client_sync
+from hpc.programs import Traits, client_step, client_sync
 from hpc.ragged import pad
 from hpc.report.events import ClientStep, Evaluation, EventLog
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from hpc.acts import ClientAct, HeadBackward, HeadForward, Micro, Recv, Send, Step, TailStep
 from hpc.client_side import ClientSide
 from hpc.contribution import MaskedContribution
 from hpc.data.collate import Batch, in_pieces
@@ -18,7 +19,6 @@ from hpc.learner import tail_loss_sum
 from hpc.link.frame import LOSS_NOT_FINITE, Header
 from hpc.link.kinds import Kind
 from hpc.optim import decide
-from hpc.programs import ClientAct, HeadBackward, HeadForward, Micro, Recv, Send, Step, TailStep
 from hpc.ragged import pad, split_rows
 from hpc.schedule import TrainStep
 

@@ -28,7 +28,7 @@ def check(config: Config) -> None:
     _check_tied(config, bool(raw_config.get("tie_word_embeddings", False)))
     stage = zero_stage(read_deepspeed_json(config.trunk.deepspeed))
     _check_zero(config, stage)
-    if stage == 3 and "trunk" not in config.adapter.parts:
+    if stage == 3 and "trunk" not in config.adapter.parts and config.train.schedule != "replica":
         raise ConfigError(
             f"--trunk.deepspeed {config.trunk.deepspeed} asks for ZeRO stage 3, but --adapter.parts leaves nothing "
             "to train in the trunk; use a lower stage, or let the trunk learn"
@@ -38,10 +38,16 @@ def check(config: Config) -> None:
 def _check_zero(config: Config, stage: int) -> None:
     """ZeRO partitions what all ranks share and use in the same order; not every schedule works like that."""
     flags = f"--trunk.deepspeed {config.trunk.deepspeed} asks for ZeRO stage {stage}"
-    if config.train.schedule == "replica" and stage:
+    if config.train.schedule == "replica" and stage in (1, 2):
         raise ConfigError(
-            f"{flags}, which partitions values that all ranks share; with --train.schedule replica each client has its "
-            "own, so more --trunk.ranks already share them out. Leave the file out, or use another schedule"
+            f"{flags}, which partitions gradients and optimiser state that all ranks share; with --train.schedule "
+            "replica each client has its own, which more --trunk.ranks already share out. Use stage 3, which partitions "
+            "the frozen base, or leave the file out"
+        )
+    if config.train.schedule == "replica" and stage == 3 and config.adapter.method == "full":
+        raise ConfigError(
+            f"{flags}, which with --train.schedule replica partitions the frozen base, but with --adapter.method full "
+            "there is none; use lora or p_tuning_v2, or leave the file out"
         )
     if config.train.schedule == "pipelined" and stage == 3:
         raise ConfigError(

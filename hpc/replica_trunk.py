@@ -6,6 +6,7 @@ Shape suffixes: B rows, T tokens, D hidden size, N values that one client trains
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -13,6 +14,8 @@ from hpc.config import Config
 from hpc.model.part import Part
 from hpc.model.replicas import Replicas
 from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
+from hpc.quiet import quiet
+from hpc.trunk_config import read_deepspeed_json, zero_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -22,15 +25,36 @@ def replica_bytes(trainable: int, clients: int) -> int:
     return 4 * 4 * trainable * clients
 
 
+def partition_base(part: Part, settings: dict[str, Any]) -> None:
+    """Share the frozen base out over the trunk ranks (ZeRO 3); blocks are gathered for as long as they compute.
+
+    Every rank must then run the same number of passes. The prefix is held out: its values are the replicas'.
+    """
+    held, part.prefix = part.prefix, None
+    # Without these limits the whole base would stay gathered behind an inference.
+    limits = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    zero = {**limits, **settings["zero_optimization"]}
+    with quiet():
+        import deepspeed
+
+        # No optimiser: the result is hooks on the part, which is called as before.
+        deepspeed.initialize(
+            model=part,
+            config={"train_micro_batch_size_per_gpu": 1, **settings, "zero_optimization": zero},
+            dist_init_required=False,
+        )
+    part.prefix = held
+
+
 class ReplicaTrunk:
     """The middle blocks of one trunk rank, with the values of each of its clients.
 
-    Clients step on their own, so nothing here is collective but `average`. A rank whose clients all sit out has nothing
-    to compute.
+    Clients step on their own, so nothing here is collective but `average`, and with a partitioned base the passes:
+    there a rank whose clients all sit out runs a row of zeros (`idle_groups`) through the blocks.
     """
 
     def __init__(self, part: Part, config: Config, *, clients: Sequence[int], device: torch.device) -> None:
-        self.part, self.device = part, device
+        self.part, self.device, self._clients = part, device, tuple(clients)
         self._replicas = Replicas(part, clients, device=device)
         self.learns = bool(self._replicas.names)
         self.trainable = self._replicas.values_KN.numel()
@@ -41,6 +65,10 @@ class ReplicaTrunk:
         self._smashed: torch.Tensor | None = None
         if config.trunk.activation_checkpointing:
             self._replicas.checkpoint_activations()
+        settings = read_deepspeed_json(config.trunk.deepspeed)
+        self.partitioned = zero_stage(settings) == 3
+        if self.partitioned:
+            partition_base(part, settings)
 
     def forward(
         self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]], *, input_learns: bool
@@ -52,6 +80,10 @@ class ReplicaTrunk:
         self._smashed = smashed_BTD.detach().requires_grad_(input_learns)
         self._out = self._replicas.forward(self._smashed, groups)
         return self._out.detach()
+
+    def idle_groups(self) -> list[tuple[int, int]]:
+        """The groups of one row that stands for nobody, where every rank must take part; else none."""
+        return [(self._clients[0], 1)] if self.partitioned else []
 
     @torch.no_grad()
     def infer(self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from hpc.acts import Lost, Micro, Recv
 from hpc.config import Config
 from hpc.errors import LinkError, PeerLost, ProtocolError
 from hpc.link.channel import Channel
@@ -18,7 +19,6 @@ from hpc.link.frame import Frame, Header
 from hpc.link.inbox import Inbox, ReadingInbox
 from hpc.link.kinds import Kind
 from hpc.link.stats import LinkStats
-from hpc.programs import Lost, Micro, Recv
 from hpc.ragged import split_rows
 from hpc.report.events import EventLog
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hpc.acts import Micro, Recv
 from hpc.aggregate import TrunkGroup
 from hpc.agreement import agreement
 from hpc.checkpoint import commit, write_role
@@ -22,15 +23,17 @@ from hpc.link.frame import WOULD_STOP, Frame, Header
 from hpc.link.kinds import Kind
 from hpc.link.stats import LinkStats
 from hpc.optim import LossScale
-from hpc.programs import Micro, Recv, Traits, TrunkProgram, trunk_step, trunk_sync
+from hpc.programs import Traits, TrunkProgram, trunk_step, trunk_sync
 from hpc.ragged import pack, pad
+from hpc.replica_step import ReplicaStep
 from hpc.replica_trunk import ReplicaTrunk
 from hpc.report.events import EventLog, TrunkStep
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
 from hpc.served import Served
 from hpc.server_side import ServerSide
-from hpc.server_step import ReplicaStep, ServedStep, SharedStep
+from hpc.server_step import ServedStep
 from hpc.server_sum import SyncRun
+from hpc.shared_step import SharedStep
 from hpc.smashed_cache import SmashedCache
 from hpc.stopwatch import Stopwatch
 from hpc.trunk import Trunk
@@ -176,6 +179,7 @@ class Server:
     def _infer(self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:
         if isinstance(self.side.trunk, Trunk):
             return self.side.trunk.infer(smashed_BTD)
+        groups = groups or self.side.trunk.idle_groups()
         return self.side.trunk.infer(smashed_BTD, groups) if groups else smashed_BTD
 
     def _send_evaluated(self, frames: dict[int, Frame], step: int, rows_BTD: torch.Tensor) -> None:

@@ -7,11 +7,12 @@ import time
 
 import torch
 
+from hpc.acts import Combine, Recv, Send, Step, TrunkAct
 from hpc.errors import ProtocolError
 from hpc.link.frame import Frame, Header
 from hpc.link.kinds import Kind
-from hpc.link.masks import ServerSum, checked_survivors, decode_fixed, relay_tags
-from hpc.programs import Combine, Recv, Send, Step, TrunkAct
+from hpc.link.masked_sum import ServerSum, relay_tags
+from hpc.link.masks import checked_survivors, decode_fixed
 from hpc.schedule import Sync
 from hpc.server_side import ServerSide
 

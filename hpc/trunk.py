@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from hpc.acts import Micro
 from hpc.config import Config
 from hpc.model.part import Part
 from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
-from hpc.programs import Micro
 from hpc.quiet import quiet
 from hpc.trunk_config import read_deepspeed_json, zero_stage
 

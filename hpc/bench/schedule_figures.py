@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hpc.bench.turn_figures import member_figures, ratios, spread
+from hpc.bench.turn_figures import member_figures, quiet_rounds, ratios, spread
 
 REFERENCE = "centralised"
 # Schedule → at most so many times as long as the uncut model on the same batches.
@@ -36,17 +36,18 @@ def figures(measured: Measured) -> dict[str, Any]:
 
 
 def _rows(ring: int, members: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    reference = members[REFERENCE]
+    reference, rounds = members[REFERENCE], quiet_rounds(members)
     for name, member in members.items():
-        ratio = None if name == REFERENCE else ratios(member, reference)
-        yield {"ring": ring, "schedule": name, "ratio": ratio, **member_figures(member)}
+        ratio = None if name == REFERENCE else ratios(member, reference, rounds)
+        yield {"ring": ring, "schedule": name, "ratio": ratio, **member_figures(member, rounds)}
 
 
 def _replica(measured: Measured) -> dict[str, float] | None:
     """Turn by turn where both are in one ring."""
     for ring in measured["rings"]:
-        if {"replica", "client_batch"} <= ring["members"].keys():
-            return ratios(ring["members"]["replica"], ring["members"]["client_batch"])
+        members = ring["members"]
+        if {"replica", "client_batch"} <= members.keys():
+            return ratios(members["replica"], members["client_batch"], quiet_rounds(members))
     return None
 
 

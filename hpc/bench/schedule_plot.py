@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc.bench.schedule_figures import LIMITS, REFERENCE, figures
 from hpc.bench.suite import Raw
-from hpc.bench.turn_figures import counted
+from hpc.bench.turn_figures import counted, quiet_rounds
 from hpc.report.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, save
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def _draw_times(axis: Axes, rows: Rows, rings: Sequence[Mapping[str, Any]]) -> N
     axis.barh(places, medians, color=colours, height=0.6)
     axis.errorbar(medians, places, xerr=[low, high], fmt="none", ecolor="black", elinewidth=1, capsize=4)
     for place, row in enumerate(rows):
-        turns = counted(rings[row["ring"]]["members"][row["schedule"]])
+        members = rings[row["ring"]]["members"]
+        turns = counted(members[row["schedule"]], quiet_rounds(members))
         axis.plot(
             [turn["seconds"] for turn in turns], [place] * len(turns), ".", color="black", markersize=4, alpha=0.6
         )

@@ -9,6 +9,7 @@ from hpc.bench.markdown import UNKNOWN, footer, shown, span
 from hpc.bench.markdown import table as markdown_table
 from hpc.bench.schedule_figures import figures
 from hpc.bench.suite import Raw
+from hpc.bench.turn_figures import QUIET_SHARE, WARM_UP_TURNS, counted, quiet_rounds
 
 COMPONENTS = ("head", "trunk", "tail", "seal", "open", "wire", "wait", "other", "between", "total")
 MIB = 2**20
@@ -92,18 +93,21 @@ def _notes(measured: Mapping[str, Any]) -> str:
         if averages:
             mean = sum(averages) / len(averages)
             lines.append(f"An average of `replica` took {mean:.2f} s; it is part of the turn before it.")
-        lines.append(_load(ring["machine"]))
+        lines.append(_rounds(ring["members"]))
     return " ".join(lines)
 
 
-def _load(machine: Mapping[str, Any]) -> str:
-    others, stolen = (
-        shown(None if value is None else 100 * value, ".1f", " %")
-        for value in (machine["others_share"], machine["stolen_share"])
-    )
+def _rounds(members: Mapping[str, Any]) -> str:
+    """How many rounds count, and what others took of the cores in them."""
+    rounds = quiet_rounds(members)
+    shares = [turn["others_share"] for member in members.values() for turn in counted(member, rounds)]
+    total = len(next(iter(members.values()))["turns"]) - WARM_UP_TURNS
+    mean, limit = 100 * sum(shares) / len(shares), 100 * QUIET_SHARE
+    if max(shares) > QUIET_SHARE:
+        return f"**The machine was not quiet**: in the {total} rounds other processes took {mean:.1f} % of the cores."
     return (
-        f"Meanwhile other processes used {others} of the cores, and the host withheld {stolen} "
-        f"(load before: {machine['load_before']})."
+        f"{len(rounds)} of {total} rounds count: in the rest other processes took more than {limit:.0f} % of the cores "
+        f"in some turn (in those that count, {mean:.1f} % on average)."
     )
 
 
@@ -154,7 +158,7 @@ def _replicas(found: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
             f"Small batches, {own['clients']} clients x {own['rows']} row x {own['tokens']} tokens, forward and "
             f"backward in one process, in turn, {repetitions} times each:",
             markdown_table(("", "median", "range"), rows),
-            _load(own["machine"]),
+            f"Meanwhile other processes took {100 * own['shares']['others']:.1f} % of the cores.",
             f"Peak memory of the trunk's process after {measured['replica_memory']['steps'] + 1} steps: {peaks}.",
         ]
     )

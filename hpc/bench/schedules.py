@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hpc.bench.load import Watch
+from hpc.bench.load import Monitor
 from hpc.bench.replica_pass import measure_passes
 from hpc.bench.ring import Member, run_ring
 from hpc.bench.schedule_figures import figures
@@ -42,25 +42,27 @@ def measure(options: Options) -> Measured:
     _say("peak memory of the trunk")
     memory = {name: _trunk_peak_mib(clients, rows, options) for name, (clients, rows) in MEMORY_RUNS.items()}
     _say("passes of the trunk")
-    with Watch() as watch:
+    with Monitor() as monitor:
         passes = measure_passes(options.config)
     return {
         "setting": _setting(options),
         "rings": rings,
         "replica_memory": {"steps": MEMORY_STEPS, "trunk_peak_rss_mib": memory},
-        "replica_pass": {**passes, "machine": watch.figures()},
+        "replica_pass": {**passes, "shares": monitor.share()},
     }
 
 
 def _ring(group: Sequence[Member], options: Options, turns: int) -> Measured:
     _say("turns of " + ", ".join(member.name for member in group))
-    with Watch() as watch:
+    with Monitor() as monitor:
         events = run_ring(group, options, turns=turns)
     measured = {
-        member.name: member_measured(events[member.name], steps_per_turn=member.steps_per_turn, turns=turns)
+        member.name: member_measured(
+            events[member.name], steps_per_turn=member.steps_per_turn, turns=turns, share=monitor.share
+        )
         for member in group
     }
-    return {"machine": watch.figures(), "members": measured}
+    return {"members": measured}
 
 
 def _trunk_peak_mib(clients: int, rows: int, options: Options) -> float:

@@ -42,7 +42,7 @@ def encode_fixed(x_N: torch.Tensor, *, clients: int) -> torch.Tensor:
     Raises NonFinite, and ProtocolError for another shape or dtype or unless |x| * 2**40 * clients < 2**63.
     """
     if x_N.dtype not in (torch.float32, torch.float64) or x_N.ndim != 1:
-        raise ProtocolError(f"a vector to be masked is {_shown(x_N)}; float32 or float64 [N] was due")
+        raise ProtocolError(f"a vector to be masked is {shown(x_N)}; float32 or float64 [N] was due")
     # No message here quotes an element: the reason why a client ends travels to the server.
     if not x_N.isfinite().all():
         raise NonFinite("a vector to be summed over the clients has NaN or infinite elements; lower the learning rate")
@@ -92,7 +92,7 @@ class ClientMasks:
         Raises ProtocolError for a cohort of one, or without this client.
         """
         self._keys, self._id, self._round = keys, client_id, round_number
-        self._cohort = _checked_cohort(cohort)
+        self._cohort = checked_cohort(cohort)
         if client_id not in self._cohort:
             raise ProtocolError(f"{client_name(client_id)} is not in round {round_number}'s cohort {self._cohort}")
         # All at once: a client that comes back during the round replaces its keys.
@@ -113,7 +113,7 @@ class ClientMasks:
         self._masked = True
         add_mask(y_N, self._own_seed, +1)
         for other, seed in self._pair_seeds.items():
-            add_mask(y_N, seed, _sign(self._id, other))
+            add_mask(y_N, seed, sign(self._id, other))
         return y_N
 
     def attest(self, survivors: Sequence[int]) -> dict[int, bytes]:
@@ -156,64 +156,6 @@ class ClientMasks:
         return hmac.digest(self._tag_keys[to if frm == self._id else frm], content.encode(), "sha256")
 
 
-class ServerSum:
-    """The server's side of one round, or one server rank's part of it. Knows no keys."""
-
-    def __init__(self, cohort: Iterable[int], round_number: int, *, size: int | None = None) -> None:
-        """`size`: N, which a rank that may get no vector must be told."""
-        self._cohort, self._round = _checked_cohort(cohort), round_number
-        self._total_N = None if size is None else torch.zeros(size, dtype=torch.int64)
-        self._added: set[int] = set()
-
-    def add(self, client: int, y_N: torch.Tensor) -> None:
-        """Take up a client's vector. Raises ProtocolError: not of the cohort, again, another dtype or length."""
-        who = f"round {self._round}: {client_name(client)}"
-        if client not in self._cohort:
-            raise ProtocolError(f"{who} is not in the cohort {self._cohort}")
-        if client in self._added:
-            raise ProtocolError(f"{who} sent a second vector")
-        size = y_N.numel() if self._total_N is None else self._total_N.numel()
-        if y_N.dtype != torch.int64 or y_N.shape != (size,):
-            raise ProtocolError(f"{who} sent {_shown(y_N)}; int64 [{size}] was due")
-        self._total_N = y_N.cpu().clone() if self._total_N is None else self._total_N.add_(y_N.cpu())
-        self._added.add(client)
-
-    def survivors(self) -> tuple[int, ...]:
-        """Whose vectors came to this rank, ascending."""
-        return tuple(sorted(self._added))
-
-    def missing(self) -> tuple[int, ...]:
-        """Whose did not, ascending."""
-        return tuple(client for client in self._cohort if client not in self._added)
-
-    def unmask(self, revealed: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """The sum, float64 [N], where one rank has everything. Raises as `unmask_partial`."""
-        return decode_fixed(self.unmask_partial(self.survivors(), revealed))
-
-    def unmask_partial(self, survivors: Sequence[int], revealed: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """int64 [N]; added up over the server ranks mod 2**64, `decode_fixed` makes it the sum over the survivors.
-
-        `survivors`: of all ranks. `revealed`: this rank's clients → what their `reveal` gave.
-        Raises ProtocolError: too few or unknown survivors, a client too many or too few, another dtype or shape.
-        """
-        roster = checked_survivors(self._cohort, survivors)
-        if revealed.keys() != self._added or not self._added <= set(roster):
-            raise ProtocolError(
-                f"round {self._round}: vectors came from {self.survivors()}, seeds from {tuple(sorted(revealed))}, "
-                f"and the survivors are {roster}"
-            )
-        if self._total_N is None:
-            raise ProtocolError(f"round {self._round}: no vector came to this rank and its length was not given")
-        lost = [client for client in self._cohort if client not in roster]
-        total_N = self._total_N.clone()
-        for client, rows in revealed.items():
-            own, *pairs = _unpack(rows, 1 + len(lost), f"the seeds of {client_name(client)}")
-            add_mask(total_N, own, -1)
-            for other, seed in zip(lost, pairs, strict=True):
-                add_mask(total_N, seed, -_sign(client, other))
-        return total_N
-
-
 def checked_survivors(cohort: Sequence[int], survivors: Sequence[int]) -> tuple[int, ...]:
     """Raises ProtocolError unless they are of the cohort, ascending, more than half of it and at least two."""
     roster = tuple(survivors)
@@ -235,28 +177,20 @@ def pack_tags(tags: Mapping[int, bytes]) -> torch.Tensor:
 def unpack_tags(rows: torch.Tensor, survivors: Sequence[int], *, but: int) -> dict[int, bytes]:
     """Counterpart of `pack_tags` for all survivors `but` one. Raises ProtocolError."""
     others = [client for client in sorted(survivors) if client != but]
-    return dict(zip(others, _unpack(rows, len(others), f"tags from or for {client_name(but)}"), strict=True))
-
-
-def relay_tags(survivors: Sequence[int], sent: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Sender → its tags becomes receiver → tags for it, both uint8 [survivors - 1, 32]. Raises ProtocolError."""
-    if sorted(sent) != sorted(survivors):
-        raise ProtocolError(f"tags came from {tuple(sorted(sent))}; the survivors are {tuple(survivors)}")
-    tags = {frm: unpack_tags(rows, survivors, but=frm) for frm, rows in sent.items()}
-    return {to: pack_tags({frm: tags[frm][to] for frm in sent if frm != to}) for to in sent}
+    return dict(zip(others, unpack(rows, len(others), f"tags from or for {client_name(but)}"), strict=True))
 
 
 def _pack(rows: Sequence[bytes]) -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), SECRET_BYTES)
 
 
-def _unpack(rows: torch.Tensor, count: int, what: str) -> list[bytes]:
+def unpack(rows: torch.Tensor, count: int, what: str) -> list[bytes]:
     if rows.dtype != torch.uint8 or rows.shape != (count, SECRET_BYTES):
-        raise ProtocolError(f"{what} came as {_shown(rows)}; uint8 [{count}, {SECRET_BYTES}] was due")
+        raise ProtocolError(f"{what} came as {shown(rows)}; uint8 [{count}, {SECRET_BYTES}] was due")
     return [row.numpy().tobytes() for row in rows.cpu()]
 
 
-def _checked_cohort(cohort: Iterable[int]) -> tuple[int, ...]:
+def checked_cohort(cohort: Iterable[int]) -> tuple[int, ...]:
     """Ascending. Raises ProtocolError."""
     given = list(cohort)
     if len(set(given)) < max(len(given), 2) or any(type(client) is not int for client in given):
@@ -264,10 +198,10 @@ def _checked_cohort(cohort: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(given))
 
 
-def _sign(client: int, other: int) -> int:
+def sign(client: int, other: int) -> int:
     """Of their pair's mask in the vector of `client`; opposite for the two."""
     return 1 if other > client else -1
 
 
-def _shown(tensor: torch.Tensor) -> str:
+def shown(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -64,6 +64,15 @@ def test_replicas_spread_over_two_ranks_and_averaged_under_masks(replica: Finish
     assert summary["parameters_by_role"]["trunk-1"]["trunk"]["trainable"] == 16384
 
 
+def test_a_base_partitioned_over_the_ranks(replica: Finished, keys: Path, tmp_path: Path) -> None:
+    """ZeRO 3; one of three clients a round, so that a rank without a client has to keep in step."""
+    own = ("--train.schedule", "replica", "--train.clients_per_round", "1", "--data.val_examples", "4")
+    plain = local(tmp_path / "plain", keys, *THREE, *own).summary
+    summary = local(tmp_path / "zero", keys, *THREE, *own, "--trunk.ranks", "2", *zero(3)).summary
+    assert summary["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    assert summary["eval"]["loss"] == pytest.approx(plain["eval"]["loss"], rel=1e-5)
+
+
 def start(folder: Path, keys: Path, *flags: str) -> subprocess.Popen[str]:
     own = ["--run.output_dir", str(folder), "--link.keys_dir", str(keys), *flags]
     return subprocess.Popen(

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from hpc.acts import Send
 from hpc.client import Client
 from hpc.config import AdapterConfig, Config, DataConfig, ModelConfig, TrainConfig, TrunkConfig
 from hpc.link.kinds import Kind
-from hpc.programs import Send, Traits, client_step, client_sync
+from hpc.programs import Traits, client_step, client_sync
 from hpc.schedule import Sync, TrainStep, instructions
 from tests.loopback import run_split
 from tests.unit.test_lost_clients import peers_in

@@ -19,14 +19,13 @@ from hypothesis import strategies as st
 
 from hpc.errors import HpcError, IdentityError, NonFinite, ProtocolError, ReplayError, TamperError
 from hpc.link.identity import Identity, client_name
+from hpc.link.masked_sum import ServerSum, relay_tags
 from hpc.link.masks import (
     ClientMasks,
-    ServerSum,
     add_mask,
     decode_fixed,
     encode_fixed,
     pack_tags,
-    relay_tags,
     unpack_tags,
 )
 from hpc.link.peers import PeerKeys

@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc.link.kinds import Kind
-from hpc.programs import (
-    HEAD_STARTS,
+from hpc.acts import (
     Backward,
     Combine,
     Forward,
@@ -25,13 +23,9 @@ from hpc.programs import (
     Send,
     Step,
     TailStep,
-    Traits,
-    client_step,
-    client_sync,
-    forward_limit,
-    trunk_step,
-    trunk_sync,
 )
+from hpc.link.kinds import Kind
+from hpc.programs import HEAD_STARTS, Traits, client_step, client_sync, forward_limit, trunk_step, trunk_sync
 from hpc.schedule import Sync, TrainStep
 
 

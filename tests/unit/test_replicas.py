@@ -394,12 +394,17 @@ TURNS: list[Groups] = [[(0, 2), (1, 2), (5, 2)], [(5, 1), (0, 3)], [(1, 2)], [(5
 def test_steps_and_averages_equal_plain_training(adapter: str, checkpointing: bool) -> None:
     config = tiny(adapter, checkpointing=checkpointing)
     trunk, parts, optimisers = trained_pair(config, [0, 1, 5])
+    runs: list[None] = []
+    trunk.part.blocks[0].mlp.register_forward_pre_hook(lambda *_: runs.append(None))
     for turn, groups in enumerate(TURNS):
+        runs.clear()
         hidden, grad = rows_for(groups, turn)
         out = trunk.forward(hidden, groups, input_learns=True)
         expected, expected_grad = run_plain(parts, groups, hidden, grad)
         assert_near(out, expected, tolerance=1e-4)
+        forwards = len(runs)
         assert_near(trunk.backward(grad), expected_grad, tolerance=1e-4)
+        assert len(runs) == forwards * (1 + checkpointing) > 0
         for client, _ in groups:
             square = sum(float(p.grad.square().sum()) for p in parts[client].trainable().values())
             assert trunk.square_sum(client) == pytest.approx(square, rel=1e-4)
@@ -407,7 +412,7 @@ def test_steps_and_averages_equal_plain_training(adapter: str, checkpointing: bo
                 trunk.skip(client)
                 optimisers[client].zero_grad()
                 continue
-            factor, rate = 0.5 / (1 + client), 1e-3 / (1 + turn)
+            factor, rate = (0.5, 0.05, 0.2, 1.0, 0.1)[turn] / (1 + client), 1e-3 / (1 + turn)
             trunk.step(client, factor=factor, rate=rate)
             plain_step(parts[client], optimisers[client], factor, rate)
         assert not trunk._replicas.grads_KN.any()
@@ -493,6 +498,7 @@ def test_a_state_goes_on_with_the_same_bits(adapter: str, tmp_path: Path) -> Non
 
     resumed = ReplicaTrunk(trunk_part(config), config, clients=clients, device=CPU)
     train(resumed, [3])  # whatever it did before is forgotten
+    resumed.step(6, factor=1.0, rate=1e-2)
     read, _ = read_role(checkpoint_folder(tmp_path, before), "trunk")
     resumed.load_state({**read, "replica-2/step": torch.tensor(1.0)})
     assert resumed.state().keys() == state.keys()
