@@ -115,7 +115,8 @@ class Centralised:
         scale = self.loss_scale.value
         decision = decide(self.train, scaled_norm=self._norm(), scale=scale, step=step, steps=self.steps)
         self._skipped = 0 if decision.finite else self._skipped + 1
-        tolerated = self.loss_scale.dynamic or (self.train.on_nonfinite == "skip" and self._skipped < MAX_SKIPS)
+        overflowed = self.loss_scale.dynamic and self.loss_scale.value > 1
+        tolerated = overflowed or (self.train.on_nonfinite == "skip" and self._skipped < MAX_SKIPS)
         if not decision.finite and not tolerated:
             raise NonFinite(f"step {step + 1}: the loss or a gradient is not finite. Lower --train.learning_rate")
         self.loss_scale.update(finite=decision.finite)

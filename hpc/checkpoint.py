@@ -23,7 +23,17 @@ from hpc.errors import CheckpointError
 MANIFEST = "manifest.json"
 LATEST = "latest"
 # What may differ between a checkpoint and the run that takes it up.
-FREE = ("train.max_steps", "train.rounds", "train.save_every", "train.eval_every", "data.val_examples")
+FREE = (
+    "train.max_steps",
+    "train.rounds",
+    "train.learning_rate",
+    "train.save_every",
+    "train.eval_every",
+    "train.early_stopping_patience",
+    "train.on_nonfinite",
+    "train.min_clients",
+    "data.val_examples",
+)
 
 
 def checkpoint_folder(run_folder: str | Path, step: int) -> Path:

@@ -19,6 +19,7 @@ from hpc.config import Config
 from hpc.contribution import MaskedContribution
 from hpc.data.dataset import ClientData, score_eval
 from hpc.early_stopping import Patience
+from hpc.errors import ProtocolError
 from hpc.learner import Learner, seed_dropout
 from hpc.link.channel import Channel
 from hpc.link.frame import WOULD_STOP, Header
@@ -97,6 +98,8 @@ class Client:
         told = torch.tensor([len(self._eval_batches), len(self.data.train_rows), self.learner.values])
         self.link.send(Header(kind=Kind.READY), told)
         self._samples = self.link.recv_next(Kind.READY).payload.tolist()
+        if self._samples[self.client_id : self.client_id + 1] != [len(self.data.train_rows)]:
+            raise ProtocolError(f"the trunk says that this client has other than {len(self.data.train_rows)} examples")
         if self.peers is None:
             return
         message = torch.frombuffer(bytearray(self.peers.public_message()), dtype=torch.uint8)
@@ -171,7 +174,9 @@ class Client:
                     masked = masked or self._masked_values(order)
                     self.link.send(*masked.outgoing(act.kind))
                 case Recv(kind=Kind.AVERAGE):
-                    self.learner.set_flat_values(self.link.recv(Kind.AVERAGE, order.step).payload)
+                    average = self.link.recv(Kind.AVERAGE, order.step).tensor
+                    if average is not None:  # else nobody of the round is left
+                        self.learner.set_flat_values(average)
                 case Recv():
                     assert masked is not None, "only a secure round gets a roster"
                     masked.take(self.link.recv(act.kind, order.step, on_device=False))
@@ -182,7 +187,13 @@ class Client:
         share = self._samples[self.client_id] / sum(self._samples[client] for client in order.clients)
         vector = self.learner.flat_values().double() * share
         return MaskedContribution(
-            vector, peers=self.peers, client_id=self.client_id, cohort=order.clients, step=order.step
+            vector,
+            size=len(vector),
+            peers=self.peers,
+            client_id=self.client_id,
+            cohort=order.clients,
+            step=order.step,
+            context=f"examples {self._samples}",
         )
 
     @torch.no_grad()

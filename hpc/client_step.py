@@ -16,8 +16,9 @@ from hpc.contribution import MaskedContribution
 from hpc.data.collate import Batch, in_pieces
 from hpc.errors import NonFinite
 from hpc.learner import tail_loss_sum
-from hpc.link.frame import LOSS_NOT_FINITE, Header
+from hpc.link.frame import LEFT_OUT, LOSS_NOT_FINITE, Header
 from hpc.link.kinds import Kind
+from hpc.link.masks import fits_fixed
 from hpc.optim import decide
 from hpc.ragged import pad, split_rows
 from hpc.schedule import TrainStep
@@ -130,12 +131,18 @@ class ClientStepRun:
         square_sum, flags = side.learner.square_sum(), 0
         if vector is not None and side.traits.secure:
             assert side.peers is not None, "the run exchanged no peer keys"
-            if not math.isfinite(square_sum):  # fixed point has no way to say so
-                flags, vector = LOSS_NOT_FINITE, torch.zeros_like(vector)
             # Without the loss scale, a power of two, which would take room that fixed point has not got.
             vector = vector / self._loss_scale
+            fits = fits_fixed(vector, clients=len(self._order.clients))
+            flags = 0 if fits else LOSS_NOT_FINITE  # fixed point has no way to say so
             self._masked = MaskedContribution(
-                vector, peers=side.peers, client_id=side.client_id, cohort=self._order.clients, step=step
+                vector if fits else None,
+                size=len(vector),
+                peers=side.peers,
+                client_id=side.client_id,
+                cohort=self._order.clients,
+                step=step,
+                context=f"divisor {self._divisor.hex()} scale {self._loss_scale.hex()}",
             )
             vector, square_sum = None, 0.0  # the norm of a single client's gradient is not the server's business
         side.link.send(Header(kind=Kind.PART_GRADS, step=step, square_sum=square_sum, flags=flags), vector)
@@ -148,13 +155,14 @@ class ClientStepRun:
         if act.kind is Kind.TRUNK_OUT:
             trunk_out_BTD = pad(frame.payload, self._pieces[index].lengths).requires_grad_()
             self._trunk_out[index] = trunk_out_BTD, header.square_sum, header.weight
-            self._loss_scale = header.square_sum
+            self._loss_scale, self._divisor = header.square_sum, header.weight
         elif act.kind is Kind.GRAD_SMASHED:
             self._grad_smashed[index] = pad(frame.payload, self._pieces[index].lengths)
         elif act.kind is Kind.STEP:
             if side.traits.shares_gradient:
                 side.learner.set_flat_gradient(frame.payload)
             self._norm, self._scale = header.square_sum, header.weight
+            self._left_out = bool(header.flags & LEFT_OUT)
         else:
             assert self._masked is not None, "only a secure round gets a roster"
             self._masked.take(frame)
@@ -165,7 +173,7 @@ class ClientStepRun:
         decision = decide(side.train, scaled_norm=self._norm, scale=self._scale, step=step, steps=side.steps)
         if decision.finite:
             side.learner.step(factor=decision.factor, rate=decision.rate)
-        elif side.skips:
+        elif side.skips or self._left_out:
             side.learner.clear()
         else:
             raise NonFinite(

@@ -7,7 +7,7 @@ import torch
 from hpc.errors import ProtocolError
 from hpc.link.frame import Frame, Header
 from hpc.link.kinds import Kind
-from hpc.link.masks import ClientMasks, pack_tags, unpack_tags
+from hpc.link.masks import ClientMasks, noise, pack_tags, unpack_tags
 from hpc.link.peers import PeerKeys
 
 
@@ -15,18 +15,30 @@ class MaskedContribution:
     """One client's vector in one secure round: what it sends, in the order of `hpc.programs`."""
 
     def __init__(
-        self, vector_N: torch.Tensor, *, peers: PeerKeys, client_id: int, cohort: tuple[int, ...], step: int
+        self,
+        vector_N: torch.Tensor | None,
+        *,
+        size: int,
+        peers: PeerKeys,
+        client_id: int,
+        cohort: tuple[int, ...],
+        step: int,
+        context: str,
     ) -> None:
-        """`step` numbers the round. Raises IdentityError if the key of a client in `cohort` never came."""
-        self._vector_N, self._client_id, self._step = vector_N, client_id, step
-        self._masks = ClientMasks(peers, client_id=client_id, cohort=cohort, round_number=step)
+        """`vector_N`: None for one that fixed point cannot hold: noise goes in its place, so that nothing can be said
+        about the others' sum either, which nobody will use. `step` numbers the round; `context` is what the server said
+        about weights, on which all clients must agree. Raises IdentityError if the key of a client never came.
+        """
+        self._vector_N, self._size, self._client_id, self._step = vector_N, size, client_id, step
+        self._masks = ClientMasks(peers, client_id=client_id, cohort=cohort, round_number=step, context=context)
         self._survivors: list[int] = []
         self._tags: dict[int, bytes] = {}
 
     def outgoing(self, kind: Kind) -> tuple[Header, torch.Tensor]:
         """The frame of this kind that is due."""
         if kind is Kind.MASKED:
-            tensor = self._masks.mask(self._vector_N)
+            masked_N = self._masks.mask(torch.zeros(self._size) if self._vector_N is None else self._vector_N)
+            tensor = masked_N if self._vector_N is not None else noise(self._size)
         elif kind is Kind.ATTEST:
             tensor = pack_tags(self._masks.attest(self._survivors))
         else:

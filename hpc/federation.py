@@ -21,7 +21,7 @@ from hpc.link.identity import Authorised, client_name, load_private
 from hpc.model.build import ModelBuilder, count_parameters
 from hpc.model.source import load_tokenizer
 from hpc.process import device_of, prepare_process
-from hpc.rendezvous import Rendezvous, made_up_folder
+from hpc.rendezvous import Rendezvous, made_up_folder, trunk_patience_s
 from hpc.report.events import Ended, EventLog, Started, role_path
 from hpc.report.provenance import peak_rss_mib, versions
 from hpc.schedule import clients_of_step, total_steps
@@ -61,7 +61,7 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
         device = device_of(config, place)
         builder = ModelBuilder.of(config)
         meeting.open_trunk_group(device)
-        group = TrunkGroup(place.index, config.trunk.ranks, config.link.timeout_s)
+        group = TrunkGroup(place.index, config.trunk.ranks, trunk_patience_s(config))
         part = builder.part("trunk")
         keys_read = len(builder.source.keys_read)
         start = meeting.start_step(folder)

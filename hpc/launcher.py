@@ -140,7 +140,8 @@ def _watch(
     """
     deadline = None
     while any(process.poll() is None for process in processes):
-        if deadline is None and _fatal(processes, spared, least):
+        served = all(process.poll() is not None for process in processes if process not in spared)
+        if deadline is None and (served or _fatal(processes, spared, least)):
             deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:
             break
@@ -148,6 +149,8 @@ def _watch(
     failed = _fatal(processes, spared, least)
     if failed:
         raise _cause(failed, words)
+    for path in sorted(words.glob("*.txt")):
+        print(f"without harm to the run: {path.read_text().partition(chr(10))[2]}", file=sys.stderr)
 
 
 def _fatal(

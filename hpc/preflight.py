@@ -41,8 +41,8 @@ def _check_zero(config: Config, stage: int) -> None:
     if config.train.schedule == "replica" and stage in (1, 2):
         raise ConfigError(
             f"{flags}, which partitions gradients and optimiser state that all ranks share; with --train.schedule "
-            "replica each client has its own, which more --trunk.ranks already share out. Use stage 3, which partitions "
-            "the frozen base, or leave the file out"
+            "replica each client has its own, and more --trunk.ranks share these out already. Use stage 3, which "
+            "partitions the frozen base, or leave the file out"
         )
     if config.train.schedule == "replica" and stage == 3 and config.adapter.method == "full":
         raise ConfigError(

@@ -8,7 +8,7 @@ with the receives of the other, without processes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from hpc.acts import (
@@ -150,7 +150,8 @@ def _first_come(order: TrainStep, traits: Traits, active: Sequence[int]) -> Trun
     ready: list[Recv] = []
     in_flight: set[Micro] = set()
     while ready or any(due.values()):
-        chosen = _choose(ready, may_forward=len(in_flight) < forward_limit(len(active)))
+        busy = [micro.client for micro in in_flight]
+        chosen = _choose(ready, full={client for client in active if busy.count(client) >= forward_limit(len(active))})
         awaited = tuple(frames[0] for frames in due.values() if frames)
         if awaited:
             answer = yield RecvAny(awaited, wait=chosen is None)
@@ -171,13 +172,17 @@ def _first_come(order: TrainStep, traits: Traits, active: Sequence[int]) -> Trun
 
 
 def forward_limit(clients: int) -> int:
-    """Most micro-batches whose activations the trunk keeps at a time: one for each client, but two at least."""
-    return max(2, clients)
+    """Most micro-batches of one client whose activations the trunk keeps at a time: one, or two if it is alone.
+
+    For each client by itself, so that one that falls silent takes no other's place.
+    """
+    return 2 if clients == 1 else 1
 
 
-def _choose(ready: Sequence[Recv], *, may_forward: bool) -> Recv | None:
+def _choose(ready: Sequence[Recv], *, full: Set[int]) -> Recv | None:
+    """The first backward pass, or else the first forward pass of a client that may have one more under way."""
     backward = next((frame for frame in ready if frame.kind is Kind.GRAD_TRUNK_OUT), None)
-    return backward or next((frame for frame in ready if may_forward), None)
+    return backward or next((frame for frame in ready if frame.micro.client not in full), None)
 
 
 def _work_on(frame: Recv, traits: Traits) -> Iterator[TrunkAct]:

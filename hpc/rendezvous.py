@@ -103,7 +103,7 @@ class Rendezvous:
             store=dist.PrefixStore("trunk", self.store),
             rank=self.place.index,
             world_size=self.config.trunk.ranks,
-            timeout=timedelta(seconds=self.config.link.timeout_s),
+            timeout=timedelta(seconds=trunk_patience_s(self.config)),
         )
 
     def output_folder(self) -> str:
@@ -128,6 +128,12 @@ class Rendezvous:
     def run_id(self) -> str:
         """A name that no other run has; clients bind their keys for each other to it."""
         return str(self.store.get(RUN_KEY).decode())
+
+
+def trunk_patience_s(config: Config) -> float:
+    """How long trunk ranks wait for each other: longer than one of them may wait for its silent clients in turn."""
+    waits = 1 if config.train.min_clients == 0 else 2 + -(-config.train.clients // config.trunk.ranks)
+    return waits * config.link.timeout_s
 
 
 def made_up_folder(config: Config) -> str:

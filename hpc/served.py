@@ -13,7 +13,7 @@ import torch
 
 from hpc.acts import Lost, Micro, Recv
 from hpc.config import Config
-from hpc.errors import LinkError, PeerLost, ProtocolError
+from hpc.errors import LinkError, ProtocolError
 from hpc.link.channel import Channel
 from hpc.link.frame import Frame, Header
 from hpc.link.inbox import Inbox, ReadingInbox
@@ -48,8 +48,9 @@ class Served:
         self._pieces = split_rows(config.train.per_client_batch_size, config.train.resolved_micro_batches)
         self._longest = config.data.longest_row
         self._caches = config.caches_smashed
-        if config.train.schedule == "pipelined" and channels:
-            self.inbox: Inbox = ReadingInbox(channels, timeout_s=config.link.timeout_s)
+        if config.train.reads_ahead and channels:
+            timeout_s = config.link.timeout_s
+            self.inbox: Inbox = ReadingInbox(channels, timeout_s=timeout_s, meanwhile=self._comfort_others)
         else:
             self.inbox = Inbox(channels)
 
@@ -66,7 +67,7 @@ class Served:
             found = self.inbox.recv(client, frame.kind, device=self.device if on_device else None)
             self._check(found, frame, step)
         except LinkError as error:
-            self._lose(client, step, error)
+            self.lose(client, step, error)
             return None
         return found
 
@@ -84,7 +85,7 @@ class Served:
             due = next(frame for frame in awaited if frame.micro.client == client)
             self._check(found, due, step)
         except LinkError as error:
-            self._lose(self.inbox.taken_from, step, error)
+            self.lose(self.inbox.taken_from, step, error)
             return Lost(self.inbox.taken_from), None
         return due, found
 
@@ -93,9 +94,10 @@ class Served:
         if client in self.lost:
             return
         try:
+            self.inbox.expect_anew(client)
             self.channels[client].send(header, tensor)
         except LinkError as error:
-            self._lose(client, header.step, error)
+            self.lose(client, header.step, error)
 
     def present(self, clients: Iterable[int]) -> list[int]:
         """Those of `clients` that are this rank's and not lost."""
@@ -106,6 +108,10 @@ class Served:
         for client in self.present(self.channels):
             if client not in busy:
                 self.send(client, Header(kind=Kind.ALIVE))
+
+    def _comfort_others(self, awaited: Sequence[int]) -> None:
+        """While the trunk waits for some clients, the others' deadlines must not run out."""
+        self.keep_waiting(awaited)
 
     def flush(self) -> None:
         """Let what was sent leave, as well as it goes: for the moment before this rank ends the run."""
@@ -119,12 +125,12 @@ class Served:
         total.wait_s = self.inbox.waited_s
         return total
 
-    def _lose(self, client: int, step: int, error: LinkError) -> None:
+    def lose(self, client: int, step: int, error: LinkError) -> None:
+        """Go on without this client, or raise `error` if the run needs it."""
         if not self._spares_clients:
             raise error
         self.lost.add(client)
-        if not isinstance(error, PeerLost):
-            self.channels[client].send_error(str(error))
+        self.channels[client].send_error(str(error))  # it may be alive, and only slow or mistaken
         self.channels[client].close()
         self.log.note("client_lost", step=step + 1, client_id=client, why=str(error))
         _log.warning("client %d is lost; the run goes on without it: %s", client, error)

@@ -6,6 +6,7 @@ together, T longest row, D hidden size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ from hpc.shared_step import SharedStep
 from hpc.smashed_cache import SmashedCache
 from hpc.stopwatch import Stopwatch
 from hpc.trunk import Trunk
+
+log = logging.getLogger("hpc")
 
 
 class Server:
@@ -132,13 +135,16 @@ class Server:
                     self.relay(instruction)
                 case Save():
                     self.save(instruction.step)
-        here = self.served.present(self.channels)
-        for client in here:
-            self.served.inbox.recv(client, Kind.BYE)
+        self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """The work is done: whoever is gone by now harms nobody."""
+        for client in self.served.present(self.channels):
+            self.served.recv(Recv(Kind.BYE, Micro(client)), 0, on_device=False)
         self.group.barrier()
-        for client in here:
-            self.channels[client].send(Header(kind=Kind.BYE))
-            self.channels[client].flush()
+        for client in self.served.present(self.channels):
+            self.served.send(client, Header(kind=Kind.BYE))
+        self.served.flush()
 
     def serve_step(self, order: TrainStep) -> None:
         """Forward and backward for the clients of this step, then one optimiser step."""
@@ -221,6 +227,12 @@ class Server:
 
     def save(self, step: int) -> None:
         """Write the trunk's state; the checkpoint exists once every role has written its own."""
+        if self.group.sum(len(self.served.lost)):  # every client takes it up, so none may be missing
+            if self.group.rank == 0:
+                log.warning("no checkpoint at step %d: a client is lost, and its parts with it", step)
+            for client in self.served.present(self.channels):
+                self.served.recv(Recv(Kind.READY, Micro(client)), step, on_device=False)
+            return
         state, replicas = self.side.trunk.state(), self.train.schedule == "replica"
         if self.group.rank == 0 or replicas:
             name = f"trunk-{self.group.rank}" if replicas else "trunk"

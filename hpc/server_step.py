@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hpc.acts import Backward, Combine, Forward, Lost, Micro, Recv, RecvAny, Send, Step, TrunkAct
-from hpc.errors import NonFinite, ProtocolError
+from hpc.errors import LinkError, NonFinite, ProtocolError
 from hpc.learner import seed_dropout
 from hpc.link.frame import LOSS_NOT_FINITE, Frame, Header
 from hpc.link.kinds import Kind
@@ -52,11 +52,11 @@ class ServedStep:
                 on_device = act.kind in (Kind.SMASHED, Kind.GRAD_TRUNK_OUT)
                 frame = self._side.served.recv(act, self._order.step, on_device=on_device)
                 if frame is not None:
-                    self._take(act, frame)
+                    self._take_or_lose(act, frame)
             case RecvAny():
                 answer, frame = self._side.served.recv_any(act.awaited, self._order.step, wait=act.wait)
                 if isinstance(answer, Recv) and frame is not None:
-                    self._take(answer, frame)
+                    return self._take_or_lose(answer, frame)
                 return answer
             case Send():
                 self._send(act)
@@ -79,12 +79,29 @@ class ServedStep:
 
     # What comes
 
+    def _take_or_lose(self, due: Recv, frame: Frame) -> Recv | Lost:
+        """A client that sends what does not fit is lost, where the run can do without."""
+        try:
+            self._take(due, frame)
+        except LinkError as error:
+            self._side.served.lose(due.micro.client, self._order.step, error)
+            return Lost(due.micro.client)
+        return due
+
     def _take(self, due: Recv, frame: Frame) -> None:
         micro, header = due.micro, frame.header
         match due.kind:
             case Kind.ROWS:
-                self._rows[micro] = frame.payload.tolist()
+                rows = frame.payload
+                if rows.dtype != torch.int64 or rows.dim() != 1:
+                    raise ProtocolError(f"client {micro.client} sent ROWS of {tuple(rows.shape)}, {rows.dtype}")
+                self._rows[micro] = rows.tolist()
             case Kind.SMASHED:
+                if not 1 <= header.weight <= sum(header.lengths):
+                    raise ProtocolError(
+                        f"client {micro.client} sent SMASHED that weighs {header.weight} label tokens; its rows have "
+                        f"{sum(header.lengths)} tokens"
+                    )
                 self._headers[micro] = header
                 self._smashed[micro] = self._completed(micro, frame)
                 self._note_cause(micro.client, "activations", bool(frame.payload.isfinite().all()))
@@ -98,11 +115,22 @@ class ServedStep:
                 self._note_cause(micro.client, "loss", not header.flags & LOSS_NOT_FINITE)
                 self._note_cause(micro.client, "gradient", bool(frame.payload.isfinite().all()))
             case Kind.PART_GRADS:
+                if header.square_sum < 0:
+                    raise ProtocolError(f"client {micro.client} sent a square sum of {header.square_sum}")
+                self._check_gradient(micro.client, frame.tensor)
                 self._shares[micro.client] = frame
                 finite = math.isfinite(header.square_sum) and not header.flags & LOSS_NOT_FINITE
                 self._note_cause(micro.client, "gradient", finite)
             case _:
                 self._secure_sum().take(due.kind, micro.client, frame)
+
+    def _check_gradient(self, client: int, vector: torch.Tensor | None) -> None:
+        """Where gradients are shared, and not under masks, it must be there."""
+        due = self._side.traits.shares_gradient and not self._side.traits.secure
+        size = self._side.part_values
+        if due and (vector is None or vector.shape != (size,) or vector.dtype != torch.float32):
+            found = "nothing" if vector is None else f"{tuple(vector.shape)}, {vector.dtype}"
+            raise ProtocolError(f"client {client} shares a gradient of {found}; due: {(size,)}, float32")
 
     def _completed(self, micro: Micro, frame: Frame) -> torch.Tensor:
         """The whole batch, with the rows that the cache has."""
@@ -146,6 +174,9 @@ class ServedStep:
     def _forward(self, planned: tuple[Micro, ...]) -> None:
         """`planned` without those who are lost. What is kept for the backward pass is the trunk's business."""
         batch = tuple(micro for micro in planned if micro in self._smashed)
+        if self._side.traits.first_come:  # what is drawn must not depend on who came before
+            name = f"trunk-{planned[0].client}-{planned[0].piece}"
+            seed_dropout(self._side.train.seed, self._order.step, name)
         smashed_BTD = self._stack([self._smashed.pop(micro) for micro in batch], self._lengths(batch))
         self._forwarded = batch
         self._unstack(batch, self._run_forward(batch, smashed_BTD))
@@ -239,10 +270,15 @@ class ServedStep:
         codes = self._side.group.merge(self._causes, self._side.train.clients)
         return {client: _CAUSES[code - 1] for client, code in codes.items() if code}
 
+    def _overflowed(self, causes: Mapping[int, str]) -> bool:
+        """Whether a smaller loss scale may mend it (fp16): then the step is left out without a word."""
+        scale = self._side.loss_scale
+        return scale.dynamic and scale.value > 1 and all(what == "gradient" for what in causes.values())
+
     def _leave_out(self, causes: Mapping[int, str]) -> None:
         """This step is not finite: say so, or end the run."""
         side, step = self._side, self._order.step + 1
-        if side.loss_scale.dynamic:
+        if self._overflowed(causes):
             return
         words = {"activations": "the smashed activations are", "loss": "the loss is", "gradient": "the gradient is"}
         whose = "; ".join(f"client {client}: {words[what]} not finite" for client, what in causes.items())

@@ -8,7 +8,7 @@ import time
 import torch
 
 from hpc.acts import Combine, Recv, Send, Step, TrunkAct
-from hpc.errors import ProtocolError
+from hpc.errors import LinkError, ProtocolError
 from hpc.link.frame import Frame, Header
 from hpc.link.kinds import Kind
 from hpc.link.masked_sum import ServerSum, relay_tags
@@ -94,7 +94,7 @@ class SyncRun:
             case Recv():
                 frame = self._side.served.recv(act, self._order.step, on_device=False)
                 if frame is not None:
-                    self._take(act, frame)
+                    self._take_or_lose(act, frame)
             case Combine(kind=Kind.PARTS):
                 self._work_out()
             case Combine() if self._secure is not None:
@@ -108,6 +108,12 @@ class SyncRun:
                 self._average_replicas()
                 seconds = time.perf_counter() - self._start
                 self._side.served.log.note("average", step=self._order.step, seconds=seconds)
+
+    def _take_or_lose(self, due: Recv, frame: Frame) -> None:
+        try:
+            self._take(due, frame)
+        except LinkError as error:
+            self._side.served.lose(due.micro.client, self._order.step, error)
 
     def _take(self, due: Recv, frame: Frame) -> None:
         client = due.micro.client
@@ -139,6 +145,8 @@ class SyncRun:
         """The weighted mean, in float64."""
         weights = self._weights()
         total = math.fsum(weights.values())
+        if not weights:  # the whole cohort is lost: everybody keeps what it has
+            return
         if self._secure is not None:  # clients weighted by their share of the whole cohort
             cohort = math.fsum(self._side.samples[client] for client in self._order.clients)
             mean = self._secure.result() * (cohort / total)
@@ -153,5 +161,7 @@ class SyncRun:
         if self._side.train.schedule != "replica":
             return
         weights = self._weights()
+        if not weights:
+            return
         own = {client: float(weight) for client, weight in weights.items() if client in self._side.served.channels}
         self._side.replicas.average(own, math.fsum(weights.values()), self._side.group.sum_tensor)

@@ -200,6 +200,14 @@ class TrainConfig:
         return self.resolved_aggregation == "fedavg" or self.schedule == "replica"
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether the trunk reads its links while it does something else: to take what comes first, not to wait for one
+        client while others fall silent, or because clients that are not in a step may send what the next one needs.
+        """
+        runs_ahead = self.resolved_aggregation == "none" and (self.schedule == "serial" or bool(self.clients_per_round))
+        return self.schedule == "pipelined" or self.min_clients > 0 or runs_ahead
+
+    @property
     def clients_meet(self) -> bool:
         """Whether clients need keys for each other."""
         return self.hands_over or self.secure_aggregation

@@ -181,16 +181,19 @@ class Trunk:
         """Trainable parameters and AdamW state by name, in float32, whole on every rank. Collective at ZeRO 1-3."""
         if not self.learns:
             return {}
+        inner = self._inner_state()
+        stepped = bool(inner) and "step" in inner[0]  # before the first step there are no moments
         state: dict[str, torch.Tensor] = {}
         for name, parameter in self._named.items():
-            for key in ("parameter", *MOMENTS):
+            for key in ("parameter", *(MOMENTS if stepped else ())):
                 state[f"{key}/{name}"] = self._full(parameter, key)
-        state["step"] = next(iter(self._inner_state()))["step"].clone()
+        if stepped:
+            state["step"] = inner[0]["step"].clone()
         return state
 
     def load_moments(self, state: dict[str, torch.Tensor]) -> None:
         """Take up AdamW's state from `state()`. The parameters must have been loaded before this trunk was made."""
-        if not self.learns:
+        if not self.learns or "step" not in state:
             return
         self._make_moments()
         for inner in self._inner_state():

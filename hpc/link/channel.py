@@ -8,7 +8,6 @@ comes again, too early, or in another's place does not open; the plain header is
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 
 import torch
@@ -44,8 +43,6 @@ class Channel:
     ) -> None:
         """`timeout_s`: longest wait for the peer (seconds). The keys must be fresh: nonces begin at 0."""
         self.peer = peer
-        self.heard = time.monotonic()
-        """When the peer's last frame came, ALIVE included."""
         self._sent_stats, self._received_stats = LinkStats(), LinkStats()  # apart: two threads may count
         self._read_elsewhere = False
         self.timeout_s = timeout_s
@@ -61,6 +58,11 @@ class Channel:
     def stats(self) -> LinkStats:
         """Both directions so far."""
         return LinkStats.total((self._sent_stats, self._received_stats))
+
+    @property
+    def heard(self) -> float:
+        """When the last piece of a frame came from the peer, ALIVE included (`time.monotonic`)."""
+        return self._incoming.heard
 
     def read_elsewhere(self) -> None:
         """From now on a thread of its own receives, so `send` must not touch that direction."""
@@ -88,7 +90,6 @@ class Channel:
         with self._closing_on_error():
             while True:
                 frame = self._incoming.recv(kinds, device, patience_s)
-                self.heard = time.monotonic()
                 if frame.header.kind is not Kind.ALIVE or Kind.ALIVE in kinds:
                     break
             if frame.header.kind is Kind.ERROR and Kind.ERROR not in kinds:

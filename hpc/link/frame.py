@@ -95,6 +95,7 @@ class Frame:
 
 
 LOSS_NOT_FINITE = 1  # flag of GRAD_TRUNK_OUT: all that is told about a loss
+LEFT_OUT = 1  # flag of STEP: nobody steps, and it is nobody's fault
 WOULD_STOP = 1  # flag of VOTE and VERDICT
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -34,6 +34,9 @@ class Inbox:
         """The peer's next frame. Raises as `Channel.recv` does."""
         return self.channels[peer].recv(*kinds, device=device)
 
+    def expect_anew(self, peer: int) -> None:
+        """What this peer does next, it does upon what is sent to it now: its time begins anew."""
+
     @property
     def waited_s(self) -> float:
         """Wall seconds in which the caller waited for frames to begin."""
@@ -43,9 +46,16 @@ class Inbox:
 class ReadingInbox(Inbox):
     """Reads every channel in a thread of its own, from the first call to its BYE."""
 
-    def __init__(self, channels: Mapping[int, Channel], *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        channels: Mapping[int, Channel],
+        *,
+        timeout_s: float,
+        meanwhile: Callable[[Sequence[int]], None] = lambda awaited: None,
+    ) -> None:
+        """`meanwhile` is called every quarter of `timeout_s` of a wait, with those that are waited for."""
         super().__init__(channels)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._meanwhile = timeout_s, meanwhile
         self._changed = threading.Condition()
         self._frames: dict[int, deque[Frame]] = {peer: deque() for peer in channels}
         self._arrivals: deque[int] = deque()  # peers in the order in which their frames came
@@ -77,24 +87,36 @@ class ReadingInbox(Inbox):
         peer = self.taken_from
         return peer, _checked(frame, peer, peers[peer], self.channels[peer], device)
 
+    def expect_anew(self, peer: int) -> None:
+        self._asked.pop(peer, None)
+
     def _take(self, peers: Sequence[int], *, wait: bool) -> Frame | None:
-        start = time.perf_counter()
-        with self._changed:
-            try:
-                while True:
-                    peer = next((peer for peer in self._arrivals if peer in peers), None)
-                    if peer is not None:
-                        return self._hand_out(peer)
-                    for peer in peers:
-                        if peer in self._broken:
-                            self.taken_from = peer
-                            raise self._broken[peer]
-                    if not wait:
-                        return None
-                    self._check_deadlines(peers)
+        start = told = time.perf_counter()
+        try:
+            while True:
+                with self._changed:
+                    frame = self._next_of(peers, wait=wait)
+                    if frame is not None or not wait:
+                        return frame
                     self._changed.wait(min(_LOOK_S, self._timeout_s / 10))
-            finally:
-                self._waited_s += time.perf_counter() - start
+                if time.perf_counter() - told > self._timeout_s / 4:
+                    told = time.perf_counter()
+                    self._meanwhile(peers)
+        finally:
+            self._waited_s += time.perf_counter() - start
+
+    def _next_of(self, peers: Sequence[int], *, wait: bool) -> Frame | None:
+        """Raises what broke a peer's link once its frames are used up, or PeerLost at its deadline."""
+        peer = next((peer for peer in self._arrivals if peer in peers), None)
+        if peer is not None:
+            return self._hand_out(peer)
+        if wait:
+            self._check_deadlines(peers)
+        for peer in peers:
+            if peer in self._broken:
+                self.taken_from = peer
+                raise self._broken[peer]
+        return None
 
     def _hand_out(self, peer: int) -> Frame:
         self._arrivals.remove(peer)
@@ -110,8 +132,7 @@ class ReadingInbox(Inbox):
             channel = self.channels[peer]
             silent = now - max(self._asked.setdefault(peer, now), channel.heard)
             if silent > self._timeout_s:
-                self._broken[peer] = lost(channel.peer, "its next frame", silent, "silent")
-                channel.close()
+                self._broken.setdefault(peer, lost(channel.peer, "its next frame", silent, "silent"))
 
     def _read(self, peer: int, channel: Channel) -> None:
         try:

@@ -34,6 +34,7 @@ class Incoming:
     def __init__(self, transport: Transport, cipher: Cipher, *, timeout_s: float, stats: LinkStats) -> None:
         self._transport, self._cipher, self._timeout_s, self._stats = transport, cipher, timeout_s, stats
         self._nonces, self._received = NonceCounter(), 0
+        self.heard = time.monotonic()
         self._inline = INLINE_BYTES if transport.short_messages else 0
         self._header_end = PREFIX_BYTES + BODY_BYTES + cipher.overhead
         first = self._header_end + self._inline + cipher.overhead if self._inline else self._header_end
@@ -77,6 +78,7 @@ class Incoming:
         (pending, message), wanted = self._first, " or ".join(kind.name for kind in kinds) or "a frame"
         start = time.perf_counter()
         pending.wait(self._timeout_s if patience_s is None else patience_s, wanted)
+        self.heard = time.monotonic()
         self._stats.wait_s += time.perf_counter() - start
         self._first = None
         self._spare_firsts.append(message)
@@ -115,6 +117,7 @@ class Incoming:
     def _await_chunk(self, pending: Pending, header: Header, index: int) -> None:
         start = time.perf_counter()
         pending.wait(self._timeout_s, self._chunk_name(header, index))
+        self.heard = time.monotonic()
         self._stats.wire_s += time.perf_counter() - start
 
     def _landing_of(self, size: int, slot: int) -> torch.Tensor:

@@ -45,15 +45,27 @@ def encode_fixed(x_N: torch.Tensor, *, clients: int) -> torch.Tensor:
         raise ProtocolError(f"a vector to be masked is {shown(x_N)}; float32 or float64 [N] was due")
     # No message here quotes an element: the reason why a client ends travels to the server.
     if not x_N.isfinite().all():
-        raise NonFinite("a vector to be summed over the clients has NaN or infinite elements; lower the learning rate")
+        raise NonFinite(
+            "a vector to be summed over the clients has NaN or infinite elements; lower --train.learning_rate"
+        )
     scaled_N = torch.round(x_N.detach().to("cpu", torch.float64) * 2.0**FRACTION_BITS)
     if scaled_N.numel() and float(scaled_N.abs().max()) * clients >= 2.0**63:
         limit = 2.0 ** (63 - FRACTION_BITS) / clients
         raise ProtocolError(
             f"a vector to be summed over {clients} clients has elements of {limit:g} or more, which fixed point "
-            f"with {FRACTION_BITS} fraction bits does not hold; lower the learning rate, or clip more"
+            f"with {FRACTION_BITS} fraction bits does not hold; lower --train.learning_rate"
         )
     return scaled_N.to(torch.int64)
+
+
+def fits_fixed(x_N: torch.Tensor, *, clients: int) -> bool:
+    """Whether `encode_fixed` can hold it."""
+    return bool((x_N.abs() < 2.0 ** (63 - FRACTION_BITS) / clients).all())  # not-a-number is below nothing
+
+
+def noise(size: int) -> torch.Tensor:
+    """int64 [size], uniform: says nothing about anything."""
+    return torch.frombuffer(bytearray(os.urandom(8 * size)), dtype=torch.int64)
 
 
 def decode_fixed(total_N: torch.Tensor) -> torch.Tensor:
@@ -85,13 +97,16 @@ class ClientMasks:
         client_id: int,
         cohort: Iterable[int],
         round_number: int,
+        context: str = "",
         random_bytes: RandomBytes = os.urandom,
     ) -> None:
         """`keys` has those of the whole cohort; else raises IdentityError, naming the first client without.
 
+        `context`: what the server told about weights; a client that was told something else is caught as a roster is.
+
         Raises ProtocolError for a cohort of one, or without this client.
         """
-        self._keys, self._id, self._round = keys, client_id, round_number
+        self._keys, self._id, self._round, self._context = keys, client_id, round_number, context
         self._cohort = checked_cohort(cohort)
         if client_id not in self._cohort:
             raise ProtocolError(f"{client_name(client_id)} is not in round {round_number}'s cohort {self._cohort}")
@@ -152,7 +167,7 @@ class ClientMasks:
         return _pack([self._own_seed, *(self._pair_seeds[other] for other in lost)])
 
     def _tag(self, frm: int, to: int) -> bytes:
-        content = json.dumps([self._round, frm, to, self._cohort, self._attested])
+        content = json.dumps([self._round, frm, to, self._cohort, self._attested, self._context])
         return hmac.digest(self._tag_keys[to if frm == self._id else frm], content.encode(), "sha256")
 
 

@@ -35,6 +35,8 @@ def link_communicator() -> MPI.Intracomm:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise TopologyError(f"--link.transport mpi needs mpi4py and an MPI library: {error}") from None
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise TopologyError("this MPI does not let threads receive while others send; use --link.transport gloo")
     if MPI.COMM_WORLD.Get_size() < 2:
         raise TopologyError("--link.transport mpi found a single MPI rank; launch with mpirun -n N")
     return MPI.COMM_WORLD.Dup()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hpc.acts import Micro
 from hpc.client import Client
 from hpc.config import AdapterConfig, Config, DataConfig, LinkConfig, ModelConfig, TrainConfig, TrunkConfig
-from hpc.errors import IdentityError, NonFinite, ProtocolError
+from hpc.errors import IdentityError, NonFinite, PeerLost, ProtocolError, TamperError
 from hpc.link.kinds import Kind
 from hpc.optim import MAX_SKIPS
 from hpc.report.events import read_events, role_path
@@ -201,3 +203,101 @@ def test_a_gradient_that_fixed_point_cannot_hold_names_its_client(tmp_path: Path
 
     with pytest.raises(NonFinite, match="client 1: the gradient is not finite"):
         run_split(config(**train), tmp_path, peers=peers_in(pristine_keys), prepare=prepare)
+
+
+def test_under_masks_what_is_not_finite_lays_nobody_open(
+    tmp_path: Path, pristine_keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were zeros sent in its place, the sum would be the other clients' alone."""
+    from hpc.server_sum import ServedSum
+
+    sums: list[torch.Tensor] = []
+    result = ServedSum.result
+
+    def noted(self: ServedSum) -> torch.Tensor:
+        sums.append(result(self))
+        return sums[-1]
+
+    monkeypatch.setattr(ServedSum, "result", noted)
+    train: dict[str, Any] = {"clients": 2, "max_steps": 1, "secure_aggregation": True, "on_nonfinite": "skip"}
+
+    def prepare(client: Client) -> None:
+        flat = client.learner.flat_gradient
+        if client.client_id == BAD:
+            client.learner.flat_gradient = lambda: flat() * math.nan  # type: ignore[method-assign]
+
+    run_split(config(schedule="client_batch", **train), tmp_path, peers=peers_in(pristine_keys), prepare=prepare)
+    assert skipped(tmp_path) == [1]
+    assert float(sums[0].abs().median()) > 1e3  # noise over the whole range; gradients are far below
+
+
+def test_clients_that_are_told_different_divisors_reveal_nothing(tmp_path: Path, pristine_keys: Path) -> None:
+    """A server could make all gradients but one vanish in the sum."""
+
+    def prepare(client: Client) -> None:
+        recv = client.link.recv
+
+        def lied_to(kind: Kind, step: int, **more: Any) -> Any:
+            frame = recv(kind, step, **more)
+            if kind is Kind.TRUNK_OUT and client.client_id == BAD:
+                return replace(frame, header=replace(frame.header, weight=1e30))
+            return frame
+
+        client.link.recv = lied_to  # type: ignore[method-assign]
+
+    secure = config(schedule="client_batch", secure_aggregation=True)
+    with pytest.raises((TamperError, PeerLost), match="does not attest"):
+        run_split(secure, tmp_path, peers=peers_in(pristine_keys), prepare=prepare)
+
+
+def test_fp16_forgives_overflow_only(tmp_path: Path) -> None:
+    """A smaller loss scale cannot mend activations that are no numbers."""
+    model = ModelConfig(name_or_path="tiny-llama", dtype="float16")
+    half = replace(config(schedule="client_batch"), model=model)
+    with pytest.raises(NonFinite, match="client 1: the smashed activations are not finite"):
+        run_split(half, tmp_path, prepare=sends(not_finite(Kind.SMASHED, range(1, 9))))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_checkpoint_before_the_first_step_that_was_taken(stage: int, tmp_path: Path) -> None:
+    settings = tmp_path / "zero.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    trunk = TrunkConfig(deepspeed=str(settings) if stage else None)
+    train: dict[str, Any] = {"schedule": "client_batch", "on_nonfinite": "skip", "max_steps": 3, "save_every": 1}
+    bad = sends(not_finite(Kind.SMASHED, range(1)))
+    whole = run_split(config(trunk, **train), tmp_path / "run", prepare=bad)
+    assert skipped(tmp_path / "run") == [1]
+    for path in (tmp_path / "run").glob("roles/*/metrics.jsonl"):
+        path.unlink()
+    assert run_split(config(trunk, **train), tmp_path / "run", start=1).losses == whole.losses[1:]
+
+
+def test_dropout_in_the_trunk_does_not_depend_on_who_comes_first(tmp_path: Path) -> None:
+    """The trunk's own draws, in two orders of arrival."""
+    from hpc.programs import Traits
+    from hpc.schedule import TrainStep
+    from hpc.shared_step import SharedStep
+
+    adapter = AdapterConfig(lora_r=2, lora_dropout=0.4)
+    settings = replace(config(schedule="pipelined", clients=2, micro_batches=2), adapter=adapter)
+    drawn: list[dict[Micro, torch.Tensor]] = []
+    for order in ((0, 1), (1, 0)):
+        found: dict[Micro, torch.Tensor] = {}
+
+        class Side:
+            train, traits = settings.train, Traits.of(settings)
+
+        step = SharedStep.__new__(SharedStep)
+        step._side, step._order = Side(), TrainStep(step=0, clients=(0, 1), batches=(0, 0))  # type: ignore[assignment]
+        for client in order:
+            for piece in range(2):
+                micro = Micro(client, piece)
+                step._smashed = {micro: torch.zeros(3, 4)}
+                step._lengths = lambda batch: [3]  # type: ignore[method-assign,assignment]
+                step._stack = lambda packed, lengths: packed[0]  # type: ignore[method-assign,assignment]
+                step._unstack = lambda batch, rows: None  # type: ignore[method-assign,assignment]
+                step._run_forward = lambda batch, rows: found.__setitem__(batch[0], torch.rand(4)) or rows  # type: ignore
+                step._forward((micro,))
+        drawn.append(found)
+    assert all(torch.equal(value, drawn[1][micro]) for micro, value in drawn[0].items())
+    assert len({tuple(value.tolist()) for value in drawn[0].values()}) == 4
