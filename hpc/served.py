@@ -25,6 +25,8 @@ from hpc.report.events import EventLog
 HIDDEN_STATES = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT, Kind.EVAL_SMASHED)
 TRAINED = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT)
 
+_GRACE_S = 0.2  # for the last words to a client that is given up
+
 _log = logging.getLogger("hpc")
 
 
@@ -130,8 +132,9 @@ class Served:
         if not self._spares_clients:
             raise error
         self.lost.add(client)
-        self.channels[client].send_error(str(error))  # it may be alive, and only slow or mistaken
-        self.channels[client].close()
+        # It may be alive, and only slow or mistaken. But the others wait: it gets no more time.
+        self.channels[client].send_error(str(error), grace_s=_GRACE_S)
+        self.channels[client].close(grace_s=_GRACE_S)
         self.log.note("client_lost", step=step + 1, client_id=client, why=str(error))
         _log.warning("client %d is lost; the run goes on without it: %s", client, error)
 

@@ -96,23 +96,23 @@ class Channel:
                 raise PeerLost(f"{self.peer} stopped: {_words(frame)}")
         return frame
 
-    def send_error(self, text: str) -> None:
-        """Tell the peer why this end stops, as well as it still goes. Raises no LinkError."""
+    def send_error(self, text: str, *, grace_s: float = _LAST_WORDS_S) -> None:
+        """Tell the peer why this end stops, as well as it still goes within `grace_s`. Raises no LinkError."""
         words = torch.frombuffer(bytearray(text.encode()[:MAX_ERROR_BYTES] or b"?"), dtype=torch.uint8)
         with contextlib.suppress(LinkError):
             self.send(Header(kind=Kind.ERROR), words)
-            self.flush(min(self._timeout_s, _LAST_WORDS_S))
+            self.flush(min(self._timeout_s, grace_s))
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Wait until everything sent has left, `timeout_s` seconds at most (default: the channel's). PeerLost."""
         with self._closing_on_error():
             self._outgoing.flush(self._timeout_s if timeout_s is None else timeout_s)
 
-    def close(self) -> None:
-        """Let what was sent leave (some seconds at most), then give up the link. May be called again."""
+    def close(self, *, grace_s: float = _LAST_WORDS_S) -> None:
+        """Let what was sent leave (`grace_s` seconds at most), then give up the link. May be called again."""
         if self._closed is None:
             with contextlib.suppress(LinkError):
-                self.flush(min(self._timeout_s, _LAST_WORDS_S))
+                self.flush(min(self._timeout_s, grace_s))
             self._close(self._closed or "closed by this end")
 
     def _close(self, why: str) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from hpc.acts import Micro
 from hpc.client import Client
 from hpc.config import AdapterConfig, Config, DataConfig, LinkConfig, ModelConfig, TrainConfig, TrunkConfig
 from hpc.errors import IdentityError, NonFinite, PeerLost, ProtocolError, TamperError
@@ -270,34 +269,3 @@ def test_a_checkpoint_before_the_first_step_that_was_taken(stage: int, tmp_path:
     for path in (tmp_path / "run").glob("roles/*/metrics.jsonl"):
         path.unlink()
     assert run_split(config(trunk, **train), tmp_path / "run", start=1).losses == whole.losses[1:]
-
-
-def test_dropout_in_the_trunk_does_not_depend_on_who_comes_first(tmp_path: Path) -> None:
-    """The trunk's own draws, in two orders of arrival."""
-    from hpc.programs import Traits
-    from hpc.schedule import TrainStep
-    from hpc.shared_step import SharedStep
-
-    adapter = AdapterConfig(lora_r=2, lora_dropout=0.4)
-    settings = replace(config(schedule="pipelined", clients=2, micro_batches=2), adapter=adapter)
-    drawn: list[dict[Micro, torch.Tensor]] = []
-    for order in ((0, 1), (1, 0)):
-        found: dict[Micro, torch.Tensor] = {}
-
-        class Side:
-            train, traits = settings.train, Traits.of(settings)
-
-        step = SharedStep.__new__(SharedStep)
-        step._side, step._order = Side(), TrainStep(step=0, clients=(0, 1), batches=(0, 0))  # type: ignore[assignment]
-        for client in order:
-            for piece in range(2):
-                micro = Micro(client, piece)
-                step._smashed = {micro: torch.zeros(3, 4)}
-                step._lengths = lambda batch: [3]  # type: ignore[method-assign,assignment]
-                step._stack = lambda packed, lengths: packed[0]  # type: ignore[method-assign,assignment]
-                step._unstack = lambda batch, rows: None  # type: ignore[method-assign,assignment]
-                step._run_forward = lambda batch, rows: found.__setitem__(batch[0], torch.rand(4)) or rows  # type: ignore
-                step._forward((micro,))
-        drawn.append(found)
-    assert all(torch.equal(value, drawn[1][micro]) for micro, value in drawn[0].items())
-    assert len({tuple(value.tolist()) for value in drawn[0].values()}) == 4
