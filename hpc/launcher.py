@@ -26,7 +26,7 @@ GRACE_S = 15.0  # for the others to notice a dead role and end by themselves
 POLL_S = 0.05
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAST_WORDS, STORE_FD, BASELINE = "HPC_LAST_WORDS", "HPC_STORE_FD", "HPC_BASELINE"
+LAST_WORDS, STORE_FD, BASELINE, THREADS = "HPC_LAST_WORDS", "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
 
 
 class RoleFailed(HpcError):
@@ -56,7 +56,7 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
                 environ["TERM"] = "dumb"
             processes = [_start([*mpirun(config.world_size), *command], environ)]
         else:
-            processes = _start_ranks(config.world_size, command, environ, listener)
+            processes = _start_ranks(config, command, environ, listener)
             clients = processes[config.trunk.ranks :]
         least = config.train.min_clients
         if compares:
@@ -71,11 +71,24 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What roles inherit: no launcher's rank variables, and OpenMP threads that sleep while they wait."""
+    """What roles inherit: no launcher's rank variables."""
     kept = {k: v for k, v in environ.items() if not k.startswith(LAUNCHER_VARIABLES) and k not in RANK_VARIABLES}
-    kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")
     return kept
+
+
+def cpu_share(config: Config, rank: int) -> dict[str, str]:
+    """Threads of one rank where all share this machine's cores, and how they wait for each other.
+
+    Clients compute at the same time (not in `serial`), so they divide the cores; so do trunk ranks. A trunk rank's threads
+    spin for a moment between operations, OpenMP's own way: sleeping and waking costs more than a small operation.
+    """
+    cores, train = len(os.sched_getaffinity(0)), config.train
+    if rank < config.trunk.ranks:
+        return {THREADS: str(max(1, cores // config.trunk.ranks))}
+    at_once = 1 if train.schedule == "serial" else train.cohort_size
+    policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    return {THREADS: str(max(1, cores // at_once)), "OMP_WAIT_POLICY": policy}
 
 
 def _ring(config: Config, me: str) -> Ring:
@@ -115,11 +128,17 @@ def _listen(port: int) -> socket.socket:
 
 
 def _start_ranks(
-    count: int, command: list[str], environ: dict[str, str], listener: socket.socket
+    config: Config, command: list[str], environ: dict[str, str], listener: socket.socket
 ) -> list[subprocess.Popen[bytes]]:
-    processes = []
+    processes, count = [], config.world_size
     for rank in range(count):
-        own = {**environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+        own = {
+            **environ,
+            **cpu_share(config, rank),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_RANK": str(rank),
+        }
         hand_down = (listener.fileno(),) if rank == 0 else ()
         if rank == 0:
             own[STORE_FD] = str(listener.fileno())

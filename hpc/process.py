@@ -11,6 +11,7 @@ import torch
 
 from hpc.config import Config
 from hpc.errors import ConfigError
+from hpc.launcher import THREADS
 from hpc.topology import Place
 
 
@@ -18,7 +19,7 @@ def prepare_process(config: Config, place: Place) -> None:
     """Threads, device, and quiet: only trunk rank 0 talks unless something is wrong."""
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--run.device cuda: this torch sees no GPU; use --run.device cpu or auto")
-    torch.set_num_threads(config.run.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.run.threads or int(os.environ.get(THREADS, len(os.sched_getaffinity(0)))))
     device = device_of(config, place)
     # DeepSpeed takes its device from here; ranks may share one, or see only their own.
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else place.world.local_rank)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,9 +22,8 @@ from hpc.errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
-    # Before torch is loaded: OpenMP reads it once.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the command
     own, flags = own_parser().parse_known_args(argv)
     if own.suite != "render":
         options = options_of(own, flags)
@@ -42,6 +42,7 @@ def own_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("suite", choices=[*SUITES, "render"], help="What to measure, or `render`.")
     parser.add_argument("--turns", type=int, default=6, help="Turns that count, after 2 to warm up (default 6).")
+    parser.add_argument("--rings", type=int, choices=(1, 2), default=1, help="2: half the memory, twice the time.")
     parser.add_argument("--clients", type=int, default=4, help="Clients of each federation (default 4).")
     return parser
 
@@ -59,6 +60,7 @@ def options_of(own: argparse.Namespace, flags: list[str]) -> Options:
         local=Path(__file__).with_name("local.py"),
         folder=RESULTS / "runs" / f"bench-{time.strftime('%Y%m%d-%H%M%S')}-{own.suite}",
         turns=own.turns,
+        rings=own.rings,
     )
 
 

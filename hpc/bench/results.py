@@ -76,8 +76,7 @@ def provenance(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
         "machine": about,
         "threads": {
             "of each process": config.run.threads or about["cores"],
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+            **{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
         },
         "versions": versions(),
     }

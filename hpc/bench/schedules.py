@@ -23,14 +23,19 @@ def members(clients: int) -> list[Member]:
     """A turn of each is one batch of every client. `serial` takes a step for each of them."""
     every = ("--train.sync_every", "1", "--train.aggregation", "auto", "--train.clients_per_round", "0")
 
-    def member(schedule: str, *flags: str, steps: int = 1) -> Member:
-        return Member(name=schedule, flags=("--train.schedule", schedule, *every, *flags), steps_per_turn=steps)
+    def member(name: str, *flags: str, schedule: str = "", steps: int = 1) -> Member:
+        return Member(name=name, flags=("--train.schedule", schedule or name, *every, *flags), steps_per_turn=steps)
 
+    # On a CPU, pieces smaller than a client's batch cost more than their overlap gains.
+    pieces = ("--train.micro_batches", "1")
     return [
         member("centralised", "--train.order", "union"),
         member("serial", steps=clients),
+        member("pipelined", *pieces),
+        # Each trunk rank has its share of the cores; two clients' rows are computed at a time.
+        member("pipelined_2_ranks", *pieces, "--trunk.ranks", "2", schedule="pipelined"),
+        # In two rings, these two stay together: one has a goal in terms of the other.
         member("client_batch"),
-        member("pipelined"),
         member("replica", "--train.sync_every", str(SYNC_EVERY), "--train.aggregation", "fedavg"),
     ]
 
@@ -38,7 +43,7 @@ def members(clients: int) -> list[Member]:
 def measure(options: Options) -> Measured:
     """Rings first, while the machine's memory is free for them; the small measurements after."""
     train, turns = options.config.train, options.turns + WARM_UP_TURNS
-    rings = [_ring(group, options, turns) for group in [members(train.clients)]]
+    rings = [_ring(group, options, turns) for group in dealt(members(train.clients), options.rings)]
     _say("peak memory of the trunk")
     memory = {name: _trunk_peak_mib(clients, rows, options) for name, (clients, rows) in MEMORY_RUNS.items()}
     _say("passes of the trunk")
@@ -50,6 +55,13 @@ def measure(options: Options) -> Measured:
         "replica_memory": {"steps": MEMORY_STEPS, "trunk_peak_rss_mib": memory},
         "replica_pass": {**passes, "shares": monitor.share()},
     }
+
+
+def dealt(everybody: Sequence[Member], rings: int) -> list[list[Member]]:
+    """The members of each ring. The uncut model is in all of them, as the others are compared with it."""
+    reference, *others = everybody
+    size = -(-len(others) // rings)
+    return [[reference, *others[first : first + size]] for first in range(0, len(others), size)]
 
 
 def _ring(group: Sequence[Member], options: Options, turns: int) -> Measured:

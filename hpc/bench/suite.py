@@ -32,7 +32,9 @@ class Options:
     folder: Path
     """Where the suite's runs write."""
     turns: int
-    """Turns that count, of each member of a ring."""
+    """Turns after the warm-up, of each member of a ring."""
+    rings: int = 1
+    """Over how many rings, one after the other, the federations are dealt: as many as memory asks for."""
 
 
 @dataclass(kw_only=True, frozen=True)

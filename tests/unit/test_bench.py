@@ -16,7 +16,7 @@ from hpc.bench.markdown import table
 from hpc.bench.replica_pass import alternate
 from hpc.bench.ring import Member, _flags
 from hpc.bench.schedule_figures import figures
-from hpc.bench.schedules import SYNC_EVERY, members
+from hpc.bench.schedules import SYNC_EVERY, dealt, members
 from hpc.bench.suite import SUITES, Options, load_suite
 from hpc.bench.turn_figures import member_figures, member_measured, quiet_rounds, ratios
 from hpc.cli import make_parser, parse
@@ -303,6 +303,12 @@ def test_every_member_sees_the_same_tokens_in_a_turn(member: Member) -> None:
     assert config.train.sync_every == (SYNC_EVERY if member.name == "replica" else 1)
     assert not config.data.evaluates
     assert config.run.baseline_steps == 0
+
+
+def test_every_ring_has_the_reference() -> None:
+    rings = [[member.name for member in ring] for ring in dealt(members(4), 2)]
+    assert rings == [["centralised", "serial", "pipelined"], ["centralised", "client_batch", "replica"]]
+    assert dealt(members(4), 1) == [members(4)]
 
 
 def test_two_works_take_turns() -> None:
