@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # SLOW=0 leaves out the tests that take more than some seconds.
 SLOW ?= 1
+CHOICE := $(if $(filter 0,$(SLOW)),-m "not slow")
+JOBS ?= $(shell nproc)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -11,8 +13,10 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	$(BIN)/python launch/local.py --config launch/recipes/demo.yaml
 
+# Tests with processes of their own run one at a time: they would only wait for each other, and their deadlines count.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(if $(filter 0,$(SLOW)),-m "not slow")
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/multiprocess $(CHOICE)
+	$(BIN)/python -m pytest tests/multiprocess $(CHOICE)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

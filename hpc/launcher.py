@@ -80,8 +80,8 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
 def cpu_share(config: Config, rank: int) -> dict[str, str]:
     """Threads of one rank where all share this machine's cores, and how they wait for each other.
 
-    Clients compute at the same time (not in `serial`), so they divide the cores; so do trunk ranks. A trunk rank's threads
-    spin for a moment between operations, OpenMP's own way: sleeping and waking costs more than a small operation.
+    Clients compute at the same time (not in `serial`), so they divide the cores; so do trunk ranks. A trunk rank's
+    threads spin for a moment between operations, OpenMP's own way: to sleep and wake costs more than a small operation.
     """
     cores, train = len(os.sched_getaffinity(0)), config.train
     if rank < config.trunk.ranks:

@@ -25,7 +25,8 @@ def figures(measured: Measured) -> dict[str, Any]:
     many, one = memory.values()
     found = {
         "schedules": [row for number, ring in enumerate(measured["rings"]) for row in _rows(number, ring["members"])],
-        "replica_over_client_batch": _replica(measured),
+        "replica_over_client_batch": _over(measured, "replica", "client_batch"),
+        "serial_over_sequential": _over(measured, "serial", "centralised_sequential"),
         "replica_pass": {
             **{name: spread(values) for name, values in seconds.items()},
             "speed_up": statistics.median(seconds["one_by_one"]) / statistics.median(seconds["together"]),
@@ -42,12 +43,12 @@ def _rows(ring: int, members: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"ring": ring, "schedule": name, "ratio": ratio, **member_figures(member, rounds)}
 
 
-def _replica(measured: Measured) -> dict[str, float] | None:
+def _over(measured: Measured, name: str, other: str) -> dict[str, float] | None:
     """Turn by turn where both are in one ring."""
     for ring in measured["rings"]:
         members = ring["members"]
-        if {"replica", "client_batch"} <= members.keys():
-            return ratios(members["replica"], members["client_batch"], quiet_rounds(members))
+        if {name, other} <= members.keys():
+            return ratios(members[name], members[other], quiet_rounds(members))
     return None
 
 
@@ -56,6 +57,9 @@ def _goals(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if row["schedule"] in LIMITS:
             what = f"{row['schedule']}: time of a turn, times {REFERENCE}'s"
             yield _goal(what, row["ratio"]["median"], at_most=LIMITS[row["schedule"]])
+    if found["serial_over_sequential"]:
+        what = "serial: time of a turn, times that of the uncut model on the same batches, one client after another"
+        yield _goal(what, found["serial_over_sequential"]["median"], at_most=LIMITS["serial"])
     if found["replica_over_client_batch"]:
         what = "replica: time of a turn, times client_batch's"
         yield _goal(what, found["replica_over_client_batch"]["median"], at_most=REPLICA_LIMIT)

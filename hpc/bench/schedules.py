@@ -30,6 +30,7 @@ def members(clients: int) -> list[Member]:
     pieces = ("--train.micro_batches", "1")
     return [
         member("centralised", "--train.order", "union"),
+        member("centralised_sequential", "--train.order", "sequential", schedule="centralised", steps=clients),
         member("serial", steps=clients),
         member("pipelined", *pieces),
         # Each trunk rank has its share of the cores; two clients' rows are computed at a time.

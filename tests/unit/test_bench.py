@@ -271,7 +271,7 @@ def test_the_committed_table_says_what_was_measured(name: str) -> None:
         pytest.skip(f"{path.relative_to(ROOT)} is not there yet")
     raw, suite = results.load(path), load_suite(name)
     assert suite.table(raw) == results.table_path(RESULTS, name).read_text(encoding="utf-8")
-    assert suite.figures(raw["measured"]) == pytest.approx(raw["figures"])
+    assert suite.figures(raw["measured"]) == raw["figures"]
     assert results.figure_path(RESULTS, name).exists()
     told = path.read_text() + results.table_path(RESULTS, name).read_text()
     assert not re.search(r"[\"' =](/home|/root|/work|/tmp|/Users)/", told), "a folder of somebody's machine"
@@ -297,9 +297,9 @@ def options(*flags: str) -> Options:
 def test_every_member_sees_the_same_tokens_in_a_turn(member: Member) -> None:
     flags = ("--config", str(ROOT / "launch" / "recipes" / "demo.yaml"), "--train.clients", "4")
     config = parse(make_parser("x"), _flags(member, options(*flags), 8))[0]
-    assert config.train.schedule == member.name
+    assert member.name.startswith(config.train.schedule)
     assert config.train.max_steps == 8 * member.steps_per_turn + 1
-    assert member.steps_per_turn == (4 if member.name == "serial" else 1)
+    assert member.steps_per_turn == (4 if member.name in ("serial", "centralised_sequential") else 1)
     assert config.train.sync_every == (SYNC_EVERY if member.name == "replica" else 1)
     assert not config.data.evaluates
     assert config.run.baseline_steps == 0
@@ -307,7 +307,10 @@ def test_every_member_sees_the_same_tokens_in_a_turn(member: Member) -> None:
 
 def test_every_ring_has_the_reference() -> None:
     rings = [[member.name for member in ring] for ring in dealt(members(4), 2)]
-    assert rings == [["centralised", "serial", "pipelined"], ["centralised", "client_batch", "replica"]]
+    assert rings == [
+        ["centralised", "centralised_sequential", "serial", "pipelined"],
+        ["centralised", "pipelined_2_ranks", "client_batch", "replica"],
+    ]
     assert dealt(members(4), 1) == [members(4)]
 
 
