@@ -71,24 +71,24 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What roles inherit: no launcher's rank variables."""
+    """What roles inherit: no launcher's rank variables, and OpenMP threads that sleep while they wait.
+
+    Spinning would be faster on a machine of its own, but ten times slower as soon as another process wants a core.
+    """
     kept = {k: v for k, v in environ.items() if not k.startswith(LAUNCHER_VARIABLES) and k not in RANK_VARIABLES}
+    kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")
     return kept
 
 
 def cpu_share(config: Config, rank: int) -> dict[str, str]:
-    """Threads of one rank where all share this machine's cores, and how they wait for each other.
+    """Threads of one rank where all share this machine's cores.
 
-    Clients compute at the same time (not in `serial`), so they divide the cores; so do trunk ranks. A trunk rank's
-    threads spin for a moment between operations, OpenMP's own way: to sleep and wake costs more than a small operation.
+    Clients compute at the same time (not in `serial`), so they divide the cores; so do trunk ranks.
     """
     cores, train = len(os.sched_getaffinity(0)), config.train
-    if rank < config.trunk.ranks:
-        return {THREADS: str(max(1, cores // config.trunk.ranks))}
     at_once = 1 if train.schedule == "serial" else train.cohort_size
-    policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-    return {THREADS: str(max(1, cores // at_once)), "OMP_WAIT_POLICY": policy}
+    return {THREADS: str(max(1, cores // (config.trunk.ranks if rank < config.trunk.ranks else at_once)))}
 
 
 def _ring(config: Config, me: str) -> Ring:

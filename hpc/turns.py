@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TURNS = "HPC_TURNS"  # environment variable: the ring that a run is a member of
 LEADERS = ("trunk-0", "centralised")
+CONNECT_S = 60.0  # whoever keeps the ring's store has it open before it starts a member
 DONE, READY = "turns/done/{}", "turns/ready/{}/{}/{}"
 
 Meter = Callable[[], Mapping[str, float]]
@@ -88,9 +89,12 @@ class Turns:
 
     def end(self, turn: int) -> float:
         """Let the next member go; returns the wall seconds since `begin`."""
-        seconds = time.perf_counter() - self._began
+        seconds = self.elapsed()
         self.give_away(turn)
         return seconds
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._began
 
     def give_away(self, turn: int) -> None:
         """This turn is over, or was never needed."""
@@ -129,9 +133,13 @@ class StepHooks:
 class TurnTaker(StepHooks):
     """A role that follows: it says when it is ready, and waits for its member's turn."""
 
-    def __init__(self, turns: Turns, role: str) -> None:
-        self._turns, self._ring, self._role = turns, turns.ring, role
+    def __init__(
+        self, turns: Turns, role: str, *, log: EventLog | None = None, meter: Meter = dict[str, float]
+    ) -> None:
+        """With a `log` it notes its turns; `meter`: counts that only rise, noted by turn."""
+        self._turns, self._ring, self._role, self._log, self._meter = turns, turns.ring, role, log, meter
         self._turn = -1
+        self._before: Mapping[str, float] = {}
 
     def before_step(self, step: int) -> None:
         turn = self._ring.turn_of(step)
@@ -149,21 +157,31 @@ class TurnTaker(StepHooks):
             self._change(self._ring.turns)
 
     def _change(self, turn: int) -> None:
+        if self._turn >= 0:
+            self._note(self._turns.elapsed())
         self._turns.say_ready(turn, self._role)
+        self._begin(turn)
+
+    def _begin(self, turn: int) -> None:
         self._turn = turn
         self._turns.begin(turn)
+        self._before = self._meter()
+
+    def _note(self, seconds: float) -> None:
+        if self._log is not None:
+            used = {name: value - self._before[name] for name, value in self._meter().items()}
+            self._log.note("turn", number=self._turn + 1, seconds=seconds, **used)
 
 
 class TurnLeader(TurnTaker):
-    """The role that ends its member's turns and notes them: trunk rank 0, or the one of an uncut model."""
+    """The role that ends its member's turns: trunk rank 0, or the one of an uncut model."""
 
     def __init__(
         self, turns: Turns, role: str, *, log: EventLog, others: Callable[[int], list[str]], meter: Meter
     ) -> None:
-        """`others`: roles that have work in a turn's first step. `meter`: counts that only rise, noted by turn."""
-        super().__init__(turns, role)
-        self._log, self._others, self._meter = log, others, meter
-        self._before: Mapping[str, float] = {}
+        """`others`: roles that have work in a turn's first step."""
+        super().__init__(turns, role, log=log, meter=meter)
+        self._others = others
 
     def before_step(self, step: int) -> None:
         turn = self._ring.turn_of(step)
@@ -177,17 +195,10 @@ class TurnLeader(TurnTaker):
 
     def _change(self, turn: int) -> None:
         if self._turn >= 0:
-            self._end()
+            self._note(self._turns.end(self._turn))
         for skipped in range(self._turn + 1, turn):  # the run ended early
             self._turns.give_away(skipped)
-        self._turn = turn
-        self._turns.begin(turn)
-        self._before = self._meter()
-
-    def _end(self) -> None:
-        used = {name: value - self._before[name] for name, value in self._meter().items()}
-        seconds = self._turns.end(self._turn)
-        self._log.note("turn", number=self._turn + 1, seconds=seconds, **used)
+        self._begin(turn)
 
 
 def step_hooks(
@@ -200,11 +211,12 @@ def step_hooks(
     if TURNS not in os.environ:
         return StepHooks()
     ring, timeout = Ring.from_json(os.environ[TURNS]), timedelta(seconds=config.link.timeout_s)
-    store = store if ring.port is None else _open_store(ring.port, timeout)
+    store = store if ring.port is None else _open_store(ring.port)
     assert store is not None, "a ring without a port meets in the run's store"
     turns = Turns(store, ring, timeout=timeout)
     if role not in LEADERS:
-        return TurnTaker(turns, role)
+        is_trunk = role.startswith("trunk-")  # it has links of its own, so what they carried adds to rank 0's
+        return TurnTaker(turns, role, log=log if is_trunk else None, meter=meter)
     return TurnLeader(turns, role, log=log, others=lambda step: followers(config, step), meter=meter)
 
 
@@ -218,10 +230,11 @@ def followers(config: Config, step: int) -> list[str]:
     return trunks + [f"client-{client}" for client in clients_of_step(config.train, step)]
 
 
-def _open_store(port: int, timeout: timedelta) -> Store:
+def _open_store(port: int) -> Store:
     from torch.distributed import TCPStore
 
     from hpc.link.broken import lost_if_broken
 
     with lost_if_broken("whoever keeps the turns is gone"):
+        timeout = timedelta(seconds=CONNECT_S)
         return TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timeout)

@@ -34,11 +34,12 @@ def shown(value: float | None, form: str, unit: str = "") -> str:
 
 def footer(raw: Any) -> list[str]:
     """Where the numbers come from: command, machine, versions."""
-    about, threads = raw["machine"], raw["threads"]
+    about = raw["machine"]
+    threads = ", ".join(f"{name} {value}" for name, value in raw["threads"].items() if value is not None)
     names = ("python", "torch", "transformers", "peft", "deepspeed")
     versions = ", ".join(f"{name} {raw['versions'][name]}" for name in names)
     return [
         f"Made by `{raw['command']}`, {raw['date']}, commit `{raw['git_commit']}`.",
         f"Machine: {about['cores']} cores ({about['cpu']}), {about['memory_gib']} GiB, "
-        f"{about['gpu'] or 'no GPU'}; {threads['of each process']} threads a process. {versions}.",
+        f"{about['gpu'] or 'no GPU'}; threads: {threads}. {versions}.",
     ]

@@ -75,7 +75,7 @@ def provenance(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
         "git_commit": git_commit(),
         "machine": about,
         "threads": {
-            "of each process": config.run.threads or about["cores"],
+            "--run.threads": config.run.threads,
             **{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
         },
         "versions": versions(),

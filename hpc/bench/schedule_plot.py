@@ -42,17 +42,14 @@ def _draw_times(axis: Axes, rows: Rows, rings: Sequence[Mapping[str, Any]]) -> N
     for place, row in enumerate(rows):
         members = rings[row["ring"]]["members"]
         turns = counted(members[row["schedule"]], quiet_rounds(members))
-        axis.plot(
-            [turn["seconds"] for turn in turns], [place] * len(turns), ".", color="black", markersize=4, alpha=0.6
-        )
-    _draw_references(axis, rows)
-    end = max(row["seconds"]["max"] for row in rows)
+        # Beside the whisker, which would hide them.
+        seconds = [turn["seconds"] for turn in turns]
+        axis.plot(seconds, [place + 0.2] * len(turns), ".", color="black", markersize=4, alpha=0.6)
+    end = 1.03 * max([*(row["seconds"]["max"] for row in rows), *_draw_references(axis, rows)])
     for place, row in enumerate(rows):
         label = f"{row['seconds']['median']:.2f} s" + (f", {row['ratio']['median']:.2f}x" if row["ratio"] else "")
-        axis.annotate(
-            label, (row["seconds"]["max"], place), (8, 0), textcoords="offset points", va="center", fontsize=9
-        )
-    axis.set_xlim(0, end * 1.22)
+        axis.annotate(label, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    axis.set_xlim(0, end * 1.18)
     _name_rows(axis, rows)
     axis.set_xlabel("wall time of a turn (s): bar median, whiskers range, dots turns")
 

@@ -30,13 +30,23 @@ def member_measured(roles: Mapping[str, Sequence[Event]], *, steps_per_turn: int
     leader = "trunk-0" if "trunk-0" in events else "centralised"
     steps = {role: _steps_by_turn(found, steps_per_turn) for role, found in events.items()}
     noted = [event for event in events[leader] if event["event"] == "turn" and event["number"] <= turns]
+    sent = _payload_by_turn(events)
     ended = {role: found[-1] for role, found in events.items() if found and found[-1]["event"] == "summary"}
     return {
         "steps_per_turn": steps_per_turn,
-        "turns": [_turn(event, steps, share) for event in noted],
+        "turns": [{**_turn(event, steps, share), "payload_bytes": sent.get(event["number"])} for event in noted],
         "average_seconds": [event["seconds"] for event in events[leader] if event["event"] == "average"],
         "peak_rss_mib": {role: event["peak_rss_mib"] for role, event in ended.items()},
     }
+
+
+def _payload_by_turn(events: Mapping[str, Sequence[Event]]) -> dict[int, int]:
+    """Turn → payload over all links: each trunk rank notes its own."""
+    sent: dict[int, int] = defaultdict(int)
+    for event in (event for found in events.values() for event in found):
+        if event["event"] == "turn" and "payload" in event:
+            sent[event["number"]] += event["payload"]
+    return sent
 
 
 def _steps_by_turn(found: Sequence[Event], steps_per_turn: int) -> dict[int, list[Event]]:
@@ -52,7 +62,6 @@ def _turn(event: Event, steps: Mapping[str, Mapping[int, Sequence[Event]]], shar
     return {
         "number": number,
         "seconds": seconds,
-        "payload_bytes": event.get("payload"),
         "others_share": share(event["time"] - seconds, event["time"])["others"],
         "seconds_by_role": {role: _sums(own.get(number, ())) for role, own in steps.items()},
     }

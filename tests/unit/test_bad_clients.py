@@ -124,12 +124,12 @@ def skipped(folder: Path) -> list[int]:
     return [e["step"] for e in read_events(role_path(folder, "trunk-0")) if e["event"] == "step" and e["skipped"]]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("schedule", ["client_batch", "pipelined"])
+@pytest.mark.parametrize(
+    ("schedule", "stage"),
+    [*(("client_batch", stage) for stage in (0, 1, 2, 3)), *(("pipelined", stage) for stage in (0, 1, 2))],
+)
 def test_or_that_step_is_left_out_by_everybody(schedule: str, stage: int, tmp_path: Path) -> None:
     """As if it had not been: AdamW's moments and parameters are those of the step before."""
-    if schedule == "pipelined" and stage == 3:
-        pytest.skip("refused: micro-batches in the order of arrival, parameters gathered in one order")
     settings = tmp_path / "zero.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     trunk = TrunkConfig(deepspeed=str(settings) if stage else None)

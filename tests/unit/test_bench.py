@@ -68,11 +68,14 @@ def measured_of(events: dict[str, list[dict[str, Any]]], steps_per_turn: int, tu
 
 
 def test_a_member_is_measured_turn_by_turn() -> None:
-    found = measured_of(serial_events(), steps_per_turn=2, turns=4)
+    events = serial_events()
+    found = measured_of(events, steps_per_turn=2, turns=4)
     assert [turn["number"] for turn in found["turns"]] == [1, 2, 3, 4]
     third = found["turns"][2]  # steps 5 and 6
     by_role = third.pop("seconds_by_role")
     assert third == {"number": 3, "seconds": 23.0, "payload_bytes": 300, "others_share": 0.03}
+    events["trunk-1"] = [turn_note(3, 23.0, payload=50)]
+    assert measured_of(events, steps_per_turn=2, turns=4)["turns"][2]["payload_bytes"] == 350
     assert by_role["trunk-0"] == {"trunk": 8.25, "wait": 2.75, "total": 11.0}
     assert by_role["client-0"]["tail"] == 5.0
     assert by_role["client-1"]["tail"] == 6.0
@@ -182,7 +185,7 @@ def raw_of(measured: dict[str, Any]) -> dict[str, Any]:
         "command": "c",
         "git_commit": "g",
         "machine": {"cpu": "x", "cores": 2, "memory_gib": 1.0, "gpu": None},
-        "threads": {"of each process": 2},
+        "threads": {"--run.threads": 0, "OMP_NUM_THREADS": None},
         "versions": versions,
         "figures": figures(measured),
         "measured": measured,

@@ -261,3 +261,17 @@ def test_the_environment_says_which_ring_and_the_role_what_to_do(
     assert type(step_hooks(Config(), "client-1", store=None, log=log)) is TurnTaker
     assert type(step_hooks(Config(), "trunk-1", store=None, log=log)) is TurnTaker
     assert type(step_hooks(Config(), "centralised", store=None, log=log)) is TurnLeader
+
+
+def test_every_trunk_rank_notes_what_its_links_carried(tmp_path: Path) -> None:
+    store, carried = dist.HashStore(), [100]
+    turns_of(store, "a", turns=1).give_away(0)
+    with EventLog(tmp_path / "trunk-1" / "metrics.jsonl") as log:
+        rank = TurnTaker(turns_of(store, "b", turns=1), "trunk-1", log=log, meter=lambda: {"payload": carried[0]})
+        rank.before_step(0)
+        carried[0] += 7
+        for member in ("b", "c"):
+            turns_of(store, member, turns=1).give_away(0)
+        rank.before_step(1)
+    (note,) = read_events(log.path)
+    assert (note["event"], note["number"], note["payload"]) == ("turn", 1, 7)
