@@ -85,7 +85,7 @@ def _time_row(row: Mapping[str, Any]) -> list[str]:
 def _notes(measured: Mapping[str, Any]) -> str:
     lines = [
         "`x centralised` is the median (range) of the ratios turn by turn. `payload` is the tensors of a turn over all "
-        "links of trunk rank 0, both directions, hand-overs included. The last two columns are peak memory (of "
+        "links, both directions, hand-overs included. The last two columns are peak memory (of "
         "`centralised`: of its one process).",
     ]
     for ring in measured["rings"]:

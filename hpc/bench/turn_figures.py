@@ -108,7 +108,7 @@ def member_figures(member: Measured, rounds: Sequence[int]) -> Measured:
     return {
         "seconds": spread([turn["seconds"] for turn in turns]),
         "trunk_idle_share": sum(s["wait"] for s in trunk) / sum(s["total"] for s in trunk) if trunk else None,
-        "payload_bytes_per_turn": statistics.median(turn["payload_bytes"] for turn in turns) if trunk else None,
+        "payload_bytes_per_turn": _median_or_none([turn["payload_bytes"] for turn in turns]) if trunk else None,
         "peak_rss_mib": {
             "trunk": _peak(peaks, "trunk-"),
             "client": _peak(peaks, "client-"),
@@ -140,3 +140,9 @@ def _profile(turns: Sequence[Measured]) -> dict[str, Seconds]:
             rest = {"other": max(0.0, in_steps - sum(mean.values())), "between": max(0.0, whole - in_steps)}
             profile[kind] = {**mean, **rest, "total": whole}
     return profile
+
+
+def _median_or_none(values: Sequence[float | None]) -> float | None:
+    """None where not everything was counted."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known and len(known) == len(values) else None
