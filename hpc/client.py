@@ -20,7 +20,7 @@ from hpc.contribution import MaskedContribution
 from hpc.data.dataset import ClientData, score_eval
 from hpc.early_stopping import Patience
 from hpc.errors import ProtocolError
-from hpc.learner import Learner, seed_dropout
+from hpc.learner import Learner
 from hpc.link.channel import Channel
 from hpc.link.frame import WOULD_STOP, Header
 from hpc.link.kinds import Kind
@@ -140,7 +140,6 @@ class Client:
             self._before_step(order.step)
         before, watch = self.link.stats(), self._watch
         watch.take()
-        seed_dropout(self.train.seed, order.step, f"client-{self.client_id}")
         number = order.batch_of(self.client_id) if taking_part else 0
         batch = self.data.train_batch(number) if taking_part else None
         with watch.measure("total"):

@@ -15,7 +15,7 @@ from hpc.client_side import ClientSide
 from hpc.contribution import MaskedContribution
 from hpc.data.collate import Batch, in_pieces
 from hpc.errors import NonFinite
-from hpc.learner import tail_loss_sum
+from hpc.learner import seed_dropout, tail_loss_sum
 from hpc.link.frame import LEFT_OUT, LOSS_NOT_FINITE, Header
 from hpc.link.kinds import Kind
 from hpc.link.masks import fits_fixed
@@ -83,12 +83,14 @@ class ClientStepRun:
         whole = len(wanted) == len(piece.lengths)
         longest = max(piece.lengths[row] for row in wanted)
         ids_BT = piece.ids_BT if whole else piece.ids_BT[wanted, :longest]
+        self._seed("head", micro)
         self._smashed[index] = self._side.head(ids_BT.to(self._side.device))
 
     def _tail_step(self, micro: Micro) -> None:
         """Forward, loss, and back to the gradient of what the trunk sent."""
         side, piece = self._side, self._pieces[micro.piece]
         trunk_out_BTD, scale, divisor = self._trunk_out.pop(micro.piece)
+        self._seed("tail", micro)
         loss_sum = tail_loss_sum(side.tail, trunk_out_BTD, *side.labels(piece))
         # The divisor is the same for all clients in this step, so gradients just add up.
         (loss_sum * scale / divisor).backward()
@@ -96,6 +98,10 @@ class ClientStepRun:
         self._loss_sum += loss
         assert trunk_out_BTD.grad is not None
         self._grads[micro.piece] = trunk_out_BTD.grad, math.isfinite(loss)
+
+    def _seed(self, part: str, micro: Micro) -> None:
+        """Just before what draws, so that it does not depend on what came between."""
+        seed_dropout(self._side.train.seed, self._order.step, f"client-{self._side.client_id}-{part}-{micro.piece}")
 
     def _send(self, act: Send) -> None:
         step, index = self._order.step, act.micro.piece

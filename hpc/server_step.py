@@ -42,7 +42,6 @@ class ServedStep:
         self._causes: dict[int, int] = {}
         self._scale = side.loss_scale.value
         self.cached_bytes = 0
-        seed_dropout(side.train.seed, order.step, f"trunk-{side.group.rank}")
 
     def carry_out(self, act: TrunkAct) -> Recv | Lost | None:
         """The next instruction of the program; what is returned is the answer to a question."""
@@ -174,9 +173,9 @@ class ServedStep:
     def _forward(self, planned: tuple[Micro, ...]) -> None:
         """`planned` without those who are lost. What is kept for the backward pass is the trunk's business."""
         batch = tuple(micro for micro in planned if micro in self._smashed)
-        if self._side.traits.first_come:  # what is drawn must not depend on who came before
-            name = f"trunk-{planned[0].client}-{planned[0].piece}"
-            seed_dropout(self._side.train.seed, self._order.step, name)
+        # Just before what draws, so that it depends neither on who came before nor on another role of this process.
+        whose = f"{planned[0].client}-{planned[0].piece}" if self._side.traits.first_come else self._side.group.rank
+        seed_dropout(self._side.train.seed, self._order.step, f"trunk-{whose}")
         smashed_BTD = self._stack([self._smashed.pop(micro) for micro in batch], self._lengths(batch))
         self._forwarded = batch
         self._unstack(batch, self._run_forward(batch, smashed_BTD))
