@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc import __version__
 from hpc.config import Config
-from hpc.model.source import read_config, resolve
+from hpc.source.resolve import read_config, resolve
 
 
 def agreement(config: Config) -> dict[str, str]:

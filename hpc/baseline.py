@@ -11,7 +11,7 @@ from hpc.config import Config
 from hpc.data.dataset import load_client_data
 from hpc.link.broken import lost_if_broken
 from hpc.model.build import ModelBuilder, count_parameters
-from hpc.model.source import load_tokenizer
+from hpc.model.pretrained import load_tokenizer
 from hpc.rendezvous import Rendezvous
 from hpc.report.events import Ended, EventLog, Started, role_path
 from hpc.report.provenance import peak_rss_mib

@@ -20,11 +20,11 @@ from hpc.data.dataset import ClientData, score_eval
 from hpc.early_stopping import Patience, majority
 from hpc.errors import NonFinite
 from hpc.learner import Learner, seed_dropout, tail_loss_sum
-from hpc.model.cut import Cut
 from hpc.model.part import LabelPositions, Part
 from hpc.optim import MAX_SKIPS, Decision, LossScale, decide, global_norm, square_sum
 from hpc.report.events import Evaluation, EventLog, WholeStep
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
+from hpc.source.cut import Cut
 
 ROLE = "centralised"
 

@@ -19,7 +19,7 @@ from hpc.link.channel import Channel
 from hpc.link.connect import open_client_channel, open_server_channel
 from hpc.link.identity import Authorised, client_name, load_private
 from hpc.model.build import ModelBuilder, count_parameters
-from hpc.model.source import load_tokenizer
+from hpc.model.pretrained import load_tokenizer
 from hpc.process import device_of, prepare_process
 from hpc.rendezvous import Rendezvous, made_up_folder, trunk_patience_s
 from hpc.report.events import Ended, EventLog, Started, role_path

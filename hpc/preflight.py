@@ -13,8 +13,8 @@ from hpc.agreement import agreement
 from hpc.config import Config
 from hpc.data.examples import held_out_examples, training_examples
 from hpc.errors import ConfigError
-from hpc.model.cut import Cut, PartKind
-from hpc.model.source import cut_of, read_config, resolve
+from hpc.source.cut import Cut, PartKind
+from hpc.source.resolve import cut_of, read_config, resolve
 from hpc.trunk_config import read_deepspeed_json, zero_stage
 
 PARTS: tuple[PartKind, ...] = ("head", "trunk", "tail")

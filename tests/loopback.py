@@ -21,7 +21,7 @@ from hpc.link.channel import Channel
 from hpc.link.cipher import make_cipher
 from hpc.link.transport import loopback_pair
 from hpc.model.build import ModelBuilder
-from hpc.model.source import load_tokenizer
+from hpc.model.pretrained import load_tokenizer
 from hpc.replica_trunk import ReplicaTrunk
 from hpc.report.events import EventLog, read_events, role_path
 from hpc.server import Server

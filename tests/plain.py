@@ -16,7 +16,7 @@ from hpc.config import Config
 from hpc.data.collate import Batch
 from hpc.data.dataset import load_client_data
 from hpc.model.build import ModelBuilder
-from hpc.model.source import load_tokenizer
+from hpc.model.pretrained import load_tokenizer
 
 PARTS = ("head", "trunk", "tail")
 

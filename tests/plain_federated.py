@@ -15,7 +15,7 @@ from hpc.config import Config, TrainConfig
 from hpc.data.collate import Batch
 from hpc.data.dataset import load_client_data
 from hpc.model.build import ModelBuilder
-from hpc.model.source import load_tokenizer
+from hpc.model.pretrained import load_tokenizer
 from hpc.schedule import cohort
 from tests.plain import by_project_name, labelled, plain_model, plain_run, put_values
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from hpc.config import AdapterConfig
 from hpc.errors import ConfigError
-from hpc.model.cut import Cut, PartKind
 from hpc.model.part import Part
+from hpc.source.cut import Cut, PartKind
 
 
 def attach_adapter(part: Part, adapter: AdapterConfig, cut: Cut, seed: int) -> None:

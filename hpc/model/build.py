@@ -9,12 +9,13 @@ import torch
 
 from hpc.config import Config
 from hpc.model.adapters import attach_adapter
-from hpc.model.cut import Cut, PartKind
-from hpc.model.files import FileResolver
 from hpc.model.part import Part
-from hpc.model.source import cut_of, load_hf_config, read_config, resolve
+from hpc.model.pretrained import load_hf_config
 from hpc.model.split import build_part
 from hpc.model.weights import WeightSource
+from hpc.source.cut import Cut, PartKind
+from hpc.source.files import FileResolver
+from hpc.source.resolve import cut_of, read_config, resolve
 
 
 @dataclass(kw_only=True)

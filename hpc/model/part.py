@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpc.model.cut import Cut, PartKind, PartSpec
+from hpc.source.cut import Cut, PartKind, PartSpec
 
 
 class Absent(nn.Module):

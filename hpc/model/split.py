@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from hpc.errors import ModelError
-from hpc.model.cut import PartSpec
 from hpc.model.part import Absent, Part, PassThrough
 from hpc.model.weights import WeightSource
+from hpc.source.cut import PartSpec
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "per_layer_config")
 INDEX_NAMES = ("layer_idx", "layer_id")

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hpc.errors import ModelError
-from hpc.model.files import FileResolver
+from hpc.source.files import FileResolver
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

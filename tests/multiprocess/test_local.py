@@ -79,7 +79,7 @@ def test_nobody_holds_what_it_does_not_own(reference: Finished) -> None:
     from safetensors import safe_open
 
     from hpc.config import ModelConfig
-    from hpc.model.source import resolve
+    from hpc.source.resolve import resolve
 
     path = resolve(ModelConfig(name_or_path="tiny-llama"))("model.safetensors")
     assert path is not None

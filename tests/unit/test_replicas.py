@@ -21,14 +21,14 @@ from hpc.config import AdapterConfig, Config, ModelConfig, TrainConfig, TrunkCon
 from hpc.errors import ModelError
 from hpc.model.adapters import attach_adapter
 from hpc.model.build import ModelBuilder
-from hpc.model.cut import Cut
-from hpc.model.files import FileResolver
 from hpc.model.part import Part
 from hpc.model.replicas import ReplicaLora, Replicas
 from hpc.model.split import build_part
 from hpc.model.weights import WeightSource
 from hpc.optim import clip_factor
 from hpc.replica_trunk import ReplicaTrunk, replica_bytes
+from hpc.source.cut import Cut
+from hpc.source.files import FileResolver
 from hpc.trunk import Trunk
 from tests.loopback import one_rank_group
 

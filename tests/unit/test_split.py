@@ -11,12 +11,12 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from hpc.config import AdapterConfig
 from hpc.errors import ConfigError, ModelError
 from hpc.model.adapters import attach_adapter
-from hpc.model.cut import Cut, PartKind
-from hpc.model.files import FileResolver
 from hpc.model.part import LabelPositions, Part
 from hpc.model.split import build_part
 from hpc.model.weights import WeightSource
 from hpc.ragged import pack, pad
+from hpc.source.cut import Cut, PartKind
+from hpc.source.files import FileResolver
 
 BLOCKS = 5
 CUTS = [(1, 1), (0, 0), (2, 1), (0, 2), (3, 1)]

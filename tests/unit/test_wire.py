@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from hpc.config import AdapterConfig, Config, DataConfig, LinkConfig, ModelConfig, TrainConfig
-from hpc.model.source import load_tokenizer, resolve
+from hpc.model.pretrained import load_tokenizer
+from hpc.source.resolve import resolve
 from tests.loopback import run_split
 
 WINDOW = 16  # bytes; 128 random bits do not match by accident

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hpc.errors import ModelError
-from hpc.model.cache import cached_folder
+from hpc.source.cache import cached_folder
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from hpc.source.cache import cached_folder
 
-from hpc.model.cache import cached_folder
+if TYPE_CHECKING:
+    import torch
 
 # Above transformers' usual 0.02, so that this small a model's logits are far from uniform.
 WEIGHT_STD = 0.05
@@ -20,6 +22,7 @@ def tiny_llama_folder(*, seed: int) -> Path:
 
 
 def _write(folder: Path, seed: int) -> None:
+    import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,6 +42,8 @@ def _write(folder: Path, seed: int) -> None:
 
 def random_weights(shapes: dict[str, torch.Size], seed: int) -> dict[str, torch.Tensor]:
     """Normal weights and unit norms, drawn in the order of their names, whatever the class's own initialisation."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * WEIGHT_STD

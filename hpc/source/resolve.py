@@ -8,8 +8,8 @@ from typing import Any
 
 from hpc.config import ModelConfig
 from hpc.errors import ModelError
-from hpc.model.cut import Cut
-from hpc.model.files import FileResolver
+from hpc.source.cut import Cut
+from hpc.source.files import FileResolver
 
 
 def resolve(model: ModelConfig) -> FileResolver:
@@ -18,11 +18,11 @@ def resolve(model: ModelConfig) -> FileResolver:
     Raises `ModelError` for a folder without a model, and for a hub name that cannot be fetched.
     """
     if model.name_or_path == "smollm2-135m":
-        from hpc.model.smollm2 import smollm2_folder
+        from hpc.source.smollm2 import smollm2_folder
 
         return FileResolver(str(smollm2_folder()))
     if model.name_or_path == "tiny-llama":
-        from hpc.model.tiny import tiny_llama_folder
+        from hpc.source.tiny import tiny_llama_folder
 
         return FileResolver(str(tiny_llama_folder(seed=model.init_seed)))
     return FileResolver(model.name_or_path)
@@ -57,26 +57,3 @@ def cut_of(model: ModelConfig, raw_config: dict[str, Any]) -> Cut:
     return Cut(
         blocks=int(raw_config["num_hidden_layers"]), head_blocks=model.head_blocks, tail_blocks=model.tail_blocks
     )
-
-
-def load_hf_config(resolver: FileResolver) -> Any:
-    """The `PretrainedConfig`, never running code from the model's folder."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(resolver.name_or_path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelError(f"{resolver} is not a model that transformers knows: {first_line}") from None
-    config._attn_implementation = "sdpa"
-    return config
-
-
-def load_tokenizer(resolver: FileResolver) -> Any:
-    """The model's tokenizer (fast)."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(resolver.name_or_path, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{resolver} has no tokenizer: {str(error).strip().splitlines()[0]}") from None

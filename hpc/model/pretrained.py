@@ -1,0 +1,31 @@
+"""A model's configuration and tokenizer by transformers, never running code from the model's folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpc.errors import ModelError
+from hpc.source.files import FileResolver
+
+
+def load_hf_config(resolver: FileResolver) -> Any:
+    """The `PretrainedConfig`."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(resolver.name_or_path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(f"{resolver} is not a model that transformers knows: {first_line}") from None
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def load_tokenizer(resolver: FileResolver) -> Any:
+    """The model's tokenizer (fast)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolver.name_or_path, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{resolver} has no tokenizer: {str(error).strip().splitlines()[0]}") from None
