@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hpc.model.memory import Memory
 from hpc.source.cut import Cut, PartKind, PartSpec
 
 
@@ -101,11 +102,40 @@ class Part(nn.Module):
 
     def _forward(self, inputs: torch.Tensor, labels: LabelPositions | None) -> torch.Tensor:
         rows, tokens = inputs.shape[:2]
-        kwargs: dict[str, Any] = {"input_ids" if self.spec.owns_embedding else "inputs_embeds": inputs}
         positions = torch.arange(self.position_offset, self.position_offset + tokens, device=inputs.device)
-        kwargs.update(position_ids=positions[None], use_cache=False)
+        kwargs: dict[str, Any] = {"position_ids": positions[None], "use_cache": False}
         if self.prefix is not None and self.spec.blocks:
             kwargs["past_key_values"] = self.prefix(rows)
+        return self._run(inputs, labels, kwargs)
+
+    @torch.no_grad()
+    def remember(self, rows: int) -> Memory:
+        """An empty memory for `rows` rows, holding the prefixes where the part has any."""
+        from transformers import DynamicCache
+
+        prefixed = self.prefix is not None and self.spec.blocks > 0
+        cache = self.prefix(rows) if self.prefix is not None and prefixed else DynamicCache(config=self.model.config)
+        held = cache.get_seq_length() if prefixed else 0
+        return Memory(cache, rows=rows, prefix_tokens=held, position_offset=self.position_offset)
+
+    @torch.no_grad()
+    def extend(self, inputs: torch.Tensor, memory: Memory, mask_BT: torch.Tensor) -> torch.Tensor:
+        """Continue the rows of `memory` by T columns: ids or hidden states in, hidden states `_BTD` out.
+
+        A tail gives the logits of the last column only, `logits_BV`. `mask_BT`: 1 for a token, 0 for left padding.
+        """
+        mask_BC, positions_BT = (t.to(inputs.device) for t in memory.extend(mask_BT))
+        kwargs: dict[str, Any] = {"position_ids": positions_BT, "past_key_values": memory.cache, "use_cache": True}
+        if self.spec.blocks:
+            kwargs["attention_mask"] = mask_BC
+        labels = None
+        if self.spec.owns_lm_head:
+            row_L = torch.arange(len(mask_BT), device=inputs.device)
+            labels = LabelPositions(row_L=row_L, position_L=torch.full_like(row_L, mask_BT.shape[1] - 1))
+        return self._run(inputs, labels, kwargs)
+
+    def _run(self, inputs: torch.Tensor, labels: LabelPositions | None, kwargs: dict[str, Any]) -> torch.Tensor:
+        kwargs["input_ids" if self.spec.owns_embedding else "inputs_embeds"] = inputs
         if not self.spec.owns_lm_head:
             self._received = None if self.spec.owns_embedding else inputs
             try:
