@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hpc.config import Config
-from hpc.errors import HpcError, TopologyError
+from hpc.errors import HpcError, LinkError, TopologyError
 from hpc.schedule import total_steps
+from hpc.topology import World
 from hpc.turns import TURNS, Ring
 
 GRACE_S = 15.0  # for the others to notice a dead role and end by themselves
@@ -68,6 +70,37 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
             _watch(processes, Path(words), clients if least else [], least)
         finally:
             _stop(processes)
+
+
+@contextmanager
+def beside(config: Config, command: list[str]) -> Iterator[World]:
+    """Run `command` as rank 0 of two on this machine while this process is rank 1; yields the world to be it in.
+
+    Raises `TopologyError` if the port is taken; `RoleFailed` with the command's own words if it breaks the link.
+    """
+    with tempfile.TemporaryDirectory(prefix="hpc-") as words, _listen(config.link.port) as listener:
+        port = int(listener.getsockname()[1])
+        environ = {**child_environment(os.environ), LAST_WORDS: words, STORE_FD: str(listener.fileno())}
+        environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environ |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        process = _start(command, environ, (listener.fileno(),))
+        try:
+            yield World(
+                launcher="env", global_rank=1, world_size=2, local_rank=1, master_addr="127.0.0.1", master_port=port
+            )
+            _end_by_itself(process)
+        except LinkError:
+            _end_by_itself(process)
+            if process.returncode:
+                raise _cause([process], Path(words)) from None
+            raise
+        finally:
+            _stop([process])
+
+
+def _end_by_itself(process: subprocess.Popen[bytes]) -> None:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:

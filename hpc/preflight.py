@@ -23,9 +23,7 @@ PARTS: tuple[PartKind, ...] = ("head", "trunk", "tail")
 def check(config: Config) -> None:
     """Raise a `BadInput` error for the first thing that would stop every role alike."""
     check_output(config)
-    raw_config = read_config(resolve(config.model))
-    _check_something_learns(config, cut_of(config.model, raw_config))
-    _check_tied(config, bool(raw_config.get("tie_word_embeddings", False)))
+    check_model(config)
     stage = zero_stage(read_deepspeed_json(config.trunk.deepspeed))
     _check_zero(config, stage)
     if stage == 3 and "trunk" not in config.adapter.parts and config.train.schedule != "replica":
@@ -33,6 +31,13 @@ def check(config: Config) -> None:
             f"--trunk.deepspeed {config.trunk.deepspeed} asks for ZeRO stage 3, but --adapter.parts leaves nothing "
             "to train in the trunk; use a lower stage, or let the trunk learn"
         )
+
+
+def check_model(config: Config) -> None:
+    """Raise a `BadInput` error for a model that is not there, or that cannot be cut or trained as asked."""
+    raw_config = read_config(resolve(config.model))
+    _check_something_learns(config, cut_of(config.model, raw_config))
+    _check_tied(config, bool(raw_config.get("tie_word_embeddings", False)))
 
 
 def _check_zero(config: Config, stage: int) -> None:

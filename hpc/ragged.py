@@ -32,3 +32,25 @@ def split_rows(rows: int, pieces: int) -> list[int]:
     """Rows of each of `pieces` pieces, as even as can be, larger ones first."""
     each, more = divmod(rows, pieces)
     return [each + (piece < more) for piece in range(pieces)]
+
+
+def left_mask(lengths: Sequence[int]) -> torch.Tensor:
+    """`mask_BT` of left-padded rows, int64: 1 for a token, 0 for padding."""
+    longest = max(lengths, default=0)
+    return (torch.arange(longest)[None] >= longest - torch.tensor(list(lengths))[:, None]).long()
+
+
+def pack_masked(padded_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The tokens that `mask_BT` marks, row after row: `_SD`. No copy if it marks all."""
+    chosen_BT = mask_BT.bool()
+    return padded_BTD.reshape(-1, padded_BTD.shape[-1]) if chosen_BT.all() else padded_BTD[chosen_BT]
+
+
+def pad_masked(packed_SD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_masked`, up to the values of padding, which become 0."""
+    chosen_BT = mask_BT.bool()
+    if chosen_BT.all():
+        return packed_SD.reshape(*mask_BT.shape, packed_SD.shape[-1])
+    padded_BTD = packed_SD.new_zeros(*mask_BT.shape, packed_SD.shape[-1])
+    padded_BTD[chosen_BT] = packed_SD
+    return padded_BTD

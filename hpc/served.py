@@ -42,15 +42,17 @@ class Served:
         hidden_size: int,
         dtype: torch.dtype,
         log: EventLog,
+        asked: bool = False,
     ) -> None:
+        """`asked`: clients ask for what they want when they want it, and one that is lost harms no other."""
         self.channels, self.device, self.log = channels, device, log
         self.hidden_size, self.dtype = hidden_size, dtype
         self.lost: set[int] = set()
-        self._spares_clients = config.train.min_clients > 0
+        self._spares_clients = config.train.min_clients > 0 or asked
         self._pieces = split_rows(config.train.per_client_batch_size, config.train.resolved_micro_batches)
         self._longest = config.data.longest_row
         self._caches = config.caches_smashed
-        if config.train.reads_ahead and channels:
+        if (config.train.reads_ahead or asked) and channels:
             timeout_s = config.link.timeout_s
             self.inbox: Inbox = ReadingInbox(channels, timeout_s=timeout_s, meanwhile=self._comfort_others)
         else:
@@ -90,6 +92,15 @@ class Served:
             self.lose(self.inbox.taken_from, step, error)
             return Lost(self.inbox.taken_from), None
         return due, found
+
+    def recv_request(self, clients: Sequence[int], kinds: tuple[Kind, ...]) -> tuple[int, Frame | None]:
+        """The first frame of one of these kinds, and whose it is; no frame if that client is lost."""
+        assert isinstance(self.inbox, ReadingInbox), "only where requests come in any order"
+        try:
+            return self.inbox.recv_any(dict.fromkeys(clients, kinds), wait=True, device=self.device)
+        except LinkError as error:
+            self.lose(self.inbox.taken_from, -1, error)
+            return self.inbox.taken_from, None
 
     def send(self, client: int, header: Header, tensor: torch.Tensor | None = None) -> None:
         """Send, unless the client is lost."""

@@ -32,3 +32,8 @@ class Kind(IntEnum):
     REVEAL = 22
     VOTE = 23  # early stopping
     VERDICT = 24
+    DECODE = 25  # generation: hidden states of new columns; micro is the client's number for these rows
+    DECODED = 26
+    REORDER = 27  # beam search: which row goes on from which
+    FORGET = 28  # the rows are finished
+    ENOUGH = 29  # this client generates nothing more for now
