@@ -23,6 +23,7 @@ def agreement(config: Config) -> dict[str, str]:
     agreed["model.name_or_path"] = Path(config.model.name_or_path).name
     agreed["model.config_sha256"] = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     agreed["data.val_examples"] = str(config.data.val_examples if config.data.evaluates else 0)
+    agreed["data.evaluate_by"] = config.data.evaluate_by if config.data.evaluates else "nothing"
     agreed["data.longest_row"] = str(config.data.longest_row)
     agreed["trunk.smashed_cache_mib"] = str(config.trunk.smashed_cache_mib)
     return agreed

@@ -20,6 +20,8 @@ from hpc.data.dataset import ClientData, score_eval
 from hpc.early_stopping import Patience, majority
 from hpc.errors import NonFinite
 from hpc.learner import Learner, seed_dropout, tail_loss_sum
+from hpc.matches import count_matches
+from hpc.model.continued import ContinuedLM, WholeChain
 from hpc.model.part import LabelPositions, Part
 from hpc.optim import MAX_SKIPS, Decision, LossScale, decide, global_norm, square_sum
 from hpc.report.events import Evaluation, EventLog, WholeStep
@@ -154,9 +156,15 @@ class Centralised:
                     total=total,
                     loss_sum=loss_sum,
                     label_tokens=label_tokens,
+                    matched=self._matches(data) if self.config.data.decodes else None,
                 )
             )
         self.model.train()
+
+    def _matches(self, data: ClientData) -> int:
+        config = self.model.model.config
+        model = ContinuedLM(config, lambda rows: WholeChain(self.model, rows), device=self.device)
+        return count_matches(model, data.val_items, rows=self.train.eval_batch_size)
 
     def _labels(self, batch: Batch) -> tuple[LabelPositions, torch.Tensor]:
         positions = LabelPositions(

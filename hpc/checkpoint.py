@@ -33,6 +33,7 @@ FREE = (
     "train.on_nonfinite",
     "train.min_clients",
     "data.val_examples",
+    "data.evaluate_by",
 )
 
 

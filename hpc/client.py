@@ -25,12 +25,15 @@ from hpc.link.channel import Channel
 from hpc.link.frame import WOULD_STOP, Header
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
+from hpc.matches import count_matches
+from hpc.model.continued import ContinuedLM
 from hpc.model.part import Part
 from hpc.programs import Traits, client_step, client_sync
 from hpc.ragged import pad
 from hpc.report.events import ClientStep, Evaluation, EventLog
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
 from hpc.smashed_cache import CacheBook
+from hpc.split_chain import SplitChains
 from hpc.stopwatch import Stopwatch
 from hpc.trunk_link import TrunkLink
 
@@ -210,13 +213,24 @@ class Client:
             correct, total = correct + score.correct, total + score.total
             label_tokens += score.label_tokens
             losses.append(score.loss_sum)
+        matched = self._matches() if self.config.data.decodes else None
         for part in (self.head, self.tail):
             part.train()
         loss_sum = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
         self._patience.take(loss_sum / label_tokens if label_tokens else math.nan)
         self.log.write(
-            Evaluation(step=step, correct=correct, total=total, loss_sum=loss_sum, label_tokens=label_tokens)
+            Evaluation(
+                step=step, correct=correct, total=total, loss_sum=loss_sum, label_tokens=label_tokens, matched=matched
+            )
         )
+
+    def _matches(self) -> int:
+        """Decode the answers to the held-out examples, the trunk's keys and values staying there."""
+        chains = SplitChains(self.head, self.tail, self.link)
+        model = ContinuedLM(self.head.model.config, chains.open, device=self.device)
+        matched = count_matches(model, self.data.val_items, rows=self.train.eval_batch_size)
+        chains.enough()
+        return matched
 
     def _votes_to_end(self, step: int) -> bool:
         """Say whether this client would stop, and learn whether the run does; no loss is told."""

@@ -98,6 +98,8 @@ class DataConfig:
     """`ward_notes`: training examples of each client."""
     val_examples: int = 64
     """Held-out examples of each client (at most; 0: no evaluation)."""
+    evaluate_by: Literal["likelihood", "generation"] = "likelihood"
+    """`likelihood` scores the answers that there are; `generation` also decodes one (greedily) and compares it."""
     max_source_length: int = 512
     """Longest prompt (tokens); longer passages lose their end, never the question."""
     max_target_length: int = 16
@@ -129,6 +131,11 @@ class DataConfig:
     def longest_row(self) -> int:
         """Most tokens of a prompt and its answer."""
         return self.max_source_length + self.max_target_length
+
+    @property
+    def decodes(self) -> bool:
+        """Whether evaluation generates."""
+        return self.evaluates and self.evaluate_by == "generation"
 
     @property
     def evaluates(self) -> bool:

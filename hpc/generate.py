@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from hpc.acts import Micro, Recv
 from hpc.agreement import agreement
 from hpc.config import Config
 from hpc.errors import HpcError, LinkError
@@ -81,7 +82,8 @@ def serve(config: Config, place: Place, clients: Sequence[int], trained: str | N
         )
         context = context_of(builder.hf_config) or UNLIMITED
         ServedDecoding(served, PlainTrunk(part), context=context).serve(clients)
-        for client in served.present(clients):
+        for client in served.present(clients):  # its BYE ends the thread that reads its link
+            served.recv(Recv(Kind.BYE, Micro(client)), 0, on_device=False)
             served.send(client, Header(kind=Kind.BYE))
         served.flush()
 
@@ -108,6 +110,7 @@ def asking(config: Config, place: Place, trained: str | None) -> Iterator[Contin
         try:
             yield model
             chains.enough()
+            link.send(Header(kind=Kind.BYE))
             link.recv_next(Kind.BYE)
         finally:
             link.rest()

@@ -43,6 +43,11 @@ def check_model(config: Config) -> None:
 def _check_zero(config: Config, stage: int) -> None:
     """ZeRO partitions what all ranks share and use in the same order; not every schedule works like that."""
     flags = f"--trunk.deepspeed {config.trunk.deepspeed} asks for ZeRO stage {stage}"
+    if config.data.decodes and stage == 3:
+        raise ConfigError(
+            f"{flags}, which gathers parameters on all ranks together; --data.evaluate_by generation lets each client "
+            "ask at its own pace. Use a lower stage, or --data.evaluate_by likelihood"
+        )
     if config.train.schedule == "replica" and stage in (1, 2):
         raise ConfigError(
             f"{flags}, which partitions gradients and optimiser state that all ranks share; with --train.schedule "

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from hpc.config import Config
+from hpc.extensions import load_operator
+from hpc.model.memory import Memory
 from hpc.model.part import Part
 from hpc.model.replicas import Replicas
 from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
@@ -37,6 +39,7 @@ def partition_base(part: Part, settings: dict[str, Any]) -> None:
     with quiet():
         import deepspeed
 
+        load_operator()
         # No optimiser: the result is hooks on the part, which is called as before.
         deepspeed.initialize(
             model=part,
@@ -89,6 +92,14 @@ class ReplicaTrunk:
     def infer(self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:
         """`trunk_out_BTD` for evaluation; keeps nothing for a backward pass."""
         return self._replicas.forward(smashed_BTD, groups)
+
+    def remember(self, client: int, rows: int) -> Memory:
+        """An empty memory for a client's rows, with the prefixes of its replica: generation."""
+        return self._replicas.remember(client, rows)
+
+    def extend(self, client: int, smashed_BTD: torch.Tensor, memory: Memory, mask_BT: torch.Tensor) -> torch.Tensor:
+        """Continue a client's rows with its replica. Not collective, so not with a partitioned base."""
+        return self._replicas.extend(client, smashed_BTD, memory, mask_BT)
 
     def backward(self, grad_trunk_out_BTD: torch.Tensor) -> torch.Tensor | None:
         """From the received gradients to `grad_smashed_BTD` (None unless the input learns)."""

@@ -52,7 +52,7 @@ class Served:
         self._pieces = split_rows(config.train.per_client_batch_size, config.train.resolved_micro_batches)
         self._longest = config.data.longest_row
         self._caches = config.caches_smashed
-        if (config.train.reads_ahead or asked) and channels:
+        if (config.train.reads_ahead or asked or config.data.decodes) and channels:
             timeout_s = config.link.timeout_s
             self.inbox: Inbox = ReadingInbox(channels, timeout_s=timeout_s, meanwhile=self._comfort_others)
         else:

@@ -31,6 +31,7 @@ from hpc.replica_trunk import ReplicaTrunk
 from hpc.report.events import EventLog, TrunkStep
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
 from hpc.served import Served
+from hpc.served_decoding import ServedDecoding
 from hpc.server_side import ServerSide
 from hpc.server_step import ServedStep
 from hpc.server_sum import SyncRun
@@ -180,6 +181,9 @@ class Server:
             groups = tuple((client, len(frame.header.lengths)) for client, frame in frames.items())
             trunk_out_BTD = self._infer(smashed_BTD, groups)
             self._send_evaluated(frames, order.step, trunk_out_BTD)
+        if self.config.data.decodes:
+            decoding = ServedDecoding(self.served, self.side.trunk, context=self.config.data.longest_row)
+            decoding.serve(self.served.present(self.channels))
         self.side.trunk.part.train()
 
     def _infer(self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:

@@ -12,6 +12,8 @@ import torch
 
 from hpc.acts import Micro
 from hpc.config import Config
+from hpc.extensions import load_operator
+from hpc.model.memory import Memory
 from hpc.model.part import Part
 from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
 from hpc.quiet import quiet
@@ -62,6 +64,7 @@ class Trunk:
         with quiet():  # it compiles an operator and says so
             import deepspeed
 
+            load_operator()
             engine, *_ = deepspeed.initialize(
                 model=self.part,
                 optimizer=make_adamw(self.parameters, self._train),
@@ -87,6 +90,14 @@ class Trunk:
         """`trunk_out_BTD` for evaluation; keeps nothing for a backward pass."""
         out: torch.Tensor = (self._engine or self.part)(smashed_BTD)
         return out
+
+    def remember(self, client: int, rows: int) -> Memory:
+        """An empty memory for a client's rows: generation."""
+        return self.part.remember(rows)
+
+    def extend(self, client: int, smashed_BTD: torch.Tensor, memory: Memory, mask_BT: torch.Tensor) -> torch.Tensor:
+        """Continue a client's rows. Not collective, so not with partitioned parameters (ZeRO 3)."""
+        return self.part.extend(smashed_BTD, memory, mask_BT)
 
     def backward(self, grad_trunk_out_BTD: torch.Tensor, *, batch: Batch = ()) -> torch.Tensor | None:
         """From the received gradient to `grad_smashed_BTD` (None unless the input learns)."""

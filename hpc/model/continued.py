@@ -93,13 +93,16 @@ class ContinuedLM(PreTrainedModel, GenerationMixin):
     """The model's, padding on the left."""
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # nothing is computed here
 
-    def __init__(self, config: Any, open_chain: Callable[[int], Chain], *, device: torch.device, folder: str) -> None:
-        """`config`: the uncut model's. `open_chain` begins a chain for so many rows. `folder`: for its defaults."""
+    def __init__(
+        self, config: Any, open_chain: Callable[[int], Chain], *, device: torch.device, folder: str | None = None
+    ) -> None:
+        """`config`: the uncut model's. `open_chain` begins a chain for so many rows. `folder`: has its defaults."""
         super().__init__(config)
         self._open_chain = open_chain
         self._device = device
-        with suppress(OSError):  # a model without defaults of its own
-            self.generation_config = GenerationConfig.from_pretrained(folder)
+        if folder is not None:
+            with suppress(OSError):  # a model without defaults of its own
+                self.generation_config = GenerationConfig.from_pretrained(folder)
         self.eval()
 
     @property

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from hpc.errors import ModelError
 from hpc.model.adapters import Prefix
+from hpc.model.memory import Memory
 from hpc.model.part import Part
 
 # Leaves over all clients are strided, which a row for each client needs; measured, it costs nothing.
@@ -248,6 +249,18 @@ class Replicas:
         with self._during(Grouping.of(owners, sizes, hidden_BTD.shape[1])):
             out_BTD: torch.Tensor = self.part(hidden_BTD)
         return out_BTD
+
+    @torch.no_grad()
+    def remember(self, client: int, rows: int) -> Memory:
+        """An empty memory for rows of this client, holding its prefixes."""
+        with self._during(Grouping.of([self._index[client]], [rows], 1)):
+            return self.part.remember(rows)
+
+    @torch.no_grad()
+    def extend(self, client: int, hidden_BTD: torch.Tensor, memory: Memory, mask_BT: torch.Tensor) -> torch.Tensor:
+        """`Part.extend` with this client's values."""
+        with self._during(Grouping.of([self._index[client]], [memory.rows], hidden_BTD.shape[1])):
+            return self.part.extend(hidden_BTD, memory, mask_BT)
 
     @contextmanager
     def _during(self, grouping: Grouping) -> Iterator[None]:

@@ -55,11 +55,21 @@ def _figures(steps: Steps) -> dict[str, Any]:
     return {
         "accuracy": accuracies[-1][1] if accuracies else None,
         "accuracy_before": accuracies[0][1] if accuracies else None,
+        **_exact_match(list(steps.values())),
         "loss": losses[-1][1] if losses else None,
         "loss_before": losses[0][1] if losses else None,
         "history": accuracies,
         "loss_history": losses,
     }
+
+
+def _exact_match(steps: Sequence[Sequence[Event]]) -> dict[str, float]:
+    """Share of examples whose decoded answer is the right one; left out unless everybody decoded."""
+    if not steps or any(part.get("matched") is None for parts in steps for part in parts):
+        return {}
+    total = sum(part["total"] for part in steps[-1])
+    before, after = (sum(part["matched"] for part in parts) for parts in (steps[0], steps[-1]))
+    return {"exact_match": after / total, "exact_match_before": before / total} if total else {}
 
 
 def _accuracy(parts: Sequence[Event]) -> float | None:

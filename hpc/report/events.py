@@ -99,6 +99,8 @@ class Evaluation:
     """Loss of the right answers (nats), summed over their label tokens."""
     label_tokens: int = 0
     """Of the right answers; 0: the loss is not known, as in files of before it was measured."""
+    matched: int | None = None
+    """Decoded answers that are the right one, token for token; none: nothing was decoded."""
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -48,6 +48,7 @@ FLOORS = {
     "hpc.served": 3,
     "hpc.served_decoding": 3,
     "hpc.split_chain": 3,
+    "hpc.matches": 3,
     "hpc.server_side": 3,
     "hpc.server_step": 3,
     "hpc.shared_step": 3,
@@ -61,6 +62,7 @@ FLOORS = {
     "hpc.aggregate": 3,
     "hpc.centralised": 3,
     "hpc.checkpoint": 3,
+    "hpc.extensions": 3,
     "hpc.trained": 3,
     # what looks at runs
     "hpc.privacy": 4,

@@ -1,0 +1,60 @@
+"""DeepSpeed's compiled operator, loaded so that no other process can make this one wait for ever.
+
+PyTorch guards the build of an extension by a file whose mere existence means "busy": a process that is killed while
+building leaves it behind, and everybody after it waits without end. Here a kernel lock, which dies with its holder,
+decides who builds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hpc.errors import HpcError
+from hpc.source.cache import cache_root
+
+FOLDER = "TORCH_EXTENSIONS_DIR"  # PyTorch's own variable
+PATIENCE_S = 600.0  # a build takes a minute or two on a busy machine
+POLL_S = 0.2
+
+
+def load_operator() -> None:
+    """Build DeepSpeed's CPU operator, or load it. Raises `HpcError` if another process builds it without end."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    folder = Path(os.environ.setdefault(FOLDER, str(_own_folder(deepspeed.__file__))))
+    with _only_one(folder):
+        for left in folder.rglob("lock"):  # nobody holds the kernel lock, so nobody builds
+            left.unlink()
+        builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+        if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+            builder.load()
+
+
+def _own_folder(library: str) -> Path:
+    """One for each installation: the build names the paths of its headers, and another's would be built anew."""
+    import torch
+
+    about = f"{library} {torch.__version__}"
+    return cache_root() / "extensions" / hashlib.sha256(about.encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + PATIENCE_S
+    with (folder / ".building").open("w") as file:
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() > deadline:
+                raise HpcError(f"another process has been building in {folder} for {PATIENCE_S:.0f} s; end it")
+            time.sleep(POLL_S)
+        yield

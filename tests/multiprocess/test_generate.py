@@ -1,0 +1,73 @@
+"""`launch/generate.py` in real processes: the uncut model's text, and one line for what cannot be."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hpc.source.tiny import tiny_llama_folder
+from tests.runs import ROOT, Finished, run_command, torchrun
+
+pytestmark = pytest.mark.timeout(240)
+GENERATE = str(ROOT / "launch" / "generate.py")
+TINY_MODEL = ("--model.name_or_path", "tiny-llama")
+
+
+def generate(folder: Path, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> Finished:
+    own = ["--link.keys_dir", str(folder / "keys"), "--link.timeout_s", "60"]
+    return run_command([*launcher, GENERATE, *TINY_MODEL, *own, *arguments], folder)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    folder = tiny_llama_folder(seed=0)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def text(prompt: str, **ways: Any) -> str:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        found = model.generate(ids, max_new_tokens=10, pad_token_id=256, **ways)
+        return str(tokenizer.decode(found[0], skip_special_tokens=True))
+
+    return text
+
+
+def test_the_text_is_the_uncut_models(tmp_path: Path, plain: Any) -> None:
+    found = generate(tmp_path, "--prompt", "The ward", "--max_new_tokens", "10")
+    assert found.code == 0, found.err
+    assert found.out.rstrip("\n") == plain("The ward", do_sample=False).rstrip("\n")
+    assert "10 tokens" in found.err
+    beams = generate(tmp_path, "--prompt", "The ward", "Bed", "--max_new_tokens", "10", "--num_beams", "2")
+    assert plain("The ward", do_sample=False, num_beams=2) in beams.out
+
+
+def test_several_clients_under_torchrun(tmp_path: Path, plain: Any) -> None:
+    for client, prompt in enumerate(("First", "Second")):
+        (tmp_path / f"prompts-{client}.txt").write_text(f"{prompt}\n{prompt} again\n")
+    file = str(tmp_path / "prompts-{client_id}.txt")
+    found = generate(tmp_path, "--prompt_file", file, "--max_new_tokens", "10", launcher=torchrun(3))
+    assert found.code == 0, found.err
+    for prompt in ("First", "Second again"):
+        assert plain(prompt, do_sample=False) in found.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either --prompt"),
+        (("--prompt", "x" * 2100), "context of 2048 leaves no room"),
+        (("--prompt", "a", "--chat", "true"), "no chat template"),
+        (("--prompt", "a", "--run_folder", "nowhere"), "holds no config.yaml"),
+        (("--prompt", "a", "--model.head_blocks", "4"), "leave no trunk"),
+    ],
+    ids=["no prompt", "too long", "no template", "no run", "no trunk"],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    found = generate(tmp_path, *arguments)
+    assert found.code == 2, found.err
+    assert message in found.err
+    assert "Traceback" not in found.err
+    assert len(found.err.strip().splitlines()) == 1
