@@ -67,12 +67,21 @@ class TrunkLink:
         weight: float = 0.0,
         flags: int = 0,
         sent: Sequence[int] | None = None,
+        layout: Sequence[int] = (),
     ) -> None:
         """Hidden states of rows of `lengths` valid tokens, without their padding.
 
         `sent`: the lengths of those rows that are in `hidden_BTD`, where the server's cache has the others.
         """
-        header = Header(kind=kind, step=step, micro=micro, lengths=tuple(lengths), weight=weight, flags=flags)
+        header = Header(
+            kind=kind,
+            step=step,
+            micro=micro,
+            lengths=tuple(lengths),
+            layout=tuple(layout),
+            weight=weight,
+            flags=flags,
+        )
         self.channel.send(header, pack(hidden_BTD, lengths if sent is None else sent))
 
     def stats(self) -> LinkStats:

@@ -25,10 +25,11 @@ MAX_ERROR_BYTES = 4096  # text of an ERROR frame
 INLINE_BYTES = 64 * 2**10  # a payload up to this size travels with its header: one message instead of two
 
 _PREFIX = struct.Struct("<4sHHQ")
-_MAGIC, _VERSION = b"hpcL", 1
-# kind, flags, dtype, dimensions, rows, round, step, micro, weight, square_sum, shape, payload_bytes, chunk_bytes
-_FIXED = struct.Struct(f"<HHBBHIIIdd{MAX_DIMS}QQQ")
-_PADDING = 12  # room for a later field
+_MAGIC, _VERSION = b"hpcL", 2
+# kind, flags, dtype, dimensions, rows, round, step, micro, weight, square_sum, shape, payload_bytes, chunk_bytes,
+# numbers of the layout
+_FIXED = struct.Struct(f"<HHBBHIIIdd{MAX_DIMS}QQQH")
+_PADDING = 10  # room for a later field
 
 PREFIX_BYTES = _PREFIX.size
 BODY_BYTES = _FIXED.size + 2 * MAX_ROWS + _PADDING
@@ -67,6 +68,9 @@ class Header:
     """Partial sum of squared gradients, or a norm."""
     lengths: tuple[int, ...] = ()
     """Valid tokens of each row, instead of an attention mask; at most MAX_ROWS rows, each below 65536."""
+    layout: tuple[int, ...] = ()
+    """Two integers for each row where positions depend on token ids (`hpc.model.chatglm.layout`), row after row; else
+    empty. They take the room of row lengths: at most MAX_ROWS of both together."""
     dtype: torch.dtype | None = None
     """None: no tensor."""
     shape: tuple[int, ...] = ()
@@ -130,7 +134,7 @@ def encode(header: Header) -> bytes:
     """The body: BODY_BYTES bytes. Raises ProtocolError naming a value that does not fit."""
     _check(header)
     shape = (*header.shape, *(0,) * (MAX_DIMS - len(header.shape)))
-    rows = len(header.lengths)
+    rows, layout = len(header.lengths), len(header.layout)
     try:
         fixed = _FIXED.pack(
             header.kind,
@@ -146,8 +150,9 @@ def encode(header: Header) -> bytes:
             *shape,
             header.payload_bytes,
             header.chunk_bytes,
+            layout,
         )
-        return (fixed + struct.pack(f"<{rows}H", *header.lengths)).ljust(BODY_BYTES, b"\0")
+        return (fixed + struct.pack(f"<{rows + layout}H", *header.lengths, *header.layout)).ljust(BODY_BYTES, b"\0")
     except struct.error as error:
         raise ProtocolError(f"{header} has a value that does not fit into its field: {error}") from None
 
@@ -160,19 +165,21 @@ def decode(body: bytes | memoryview) -> Header:
     if len(body) != BODY_BYTES:
         raise ProtocolError(f"header of {len(body)} bytes; it must have {BODY_BYTES}")
     kind, flags, code, dims, rows, round_, step, micro, weight, square_sum, *rest = _FIXED.unpack_from(body)
-    shape, payload_bytes, chunk_bytes = tuple(rest[:MAX_DIMS]), rest[MAX_DIMS], rest[MAX_DIMS + 1]
+    shape, (payload_bytes, chunk_bytes, layout) = tuple(rest[:MAX_DIMS]), rest[MAX_DIMS:]
     for name, value, known in (
         ("kind", kind, kind in Kind._value2member_map_),
         ("dtype code", code, code < len(_DTYPES)),
         ("number of dimensions", dims, dims <= MAX_DIMS),
         ("number of rows", rows, rows <= MAX_ROWS),
+        ("size of the layout", layout, layout in (0, 2 * rows) and rows + layout <= MAX_ROWS),
         ("shape", shape, not any(shape[dims:])),
     ):
         if not known:
             raise ProtocolError(f"header names an impossible {name}: {value}")
-    end = _FIXED.size + 2 * rows
+    numbers = struct.unpack_from(f"<{rows + layout}H", body, _FIXED.size)
+    end = _FIXED.size + 2 * len(numbers)
     if bytes(body[end:]).strip(b"\0"):
-        raise ProtocolError("header has values behind its last row length, where zeros belong")
+        raise ProtocolError("header has values behind what it says of its rows, where zeros belong")
     header = Header(
         kind=Kind(kind),
         round=round_,
@@ -181,7 +188,8 @@ def decode(body: bytes | memoryview) -> Header:
         flags=flags,
         weight=weight,
         square_sum=square_sum,
-        lengths=struct.unpack_from(f"<{rows}H", body, _FIXED.size),
+        lengths=numbers[:rows],
+        layout=numbers[rows:],
         dtype=_DTYPES[code],
         shape=shape[:dims],
         payload_bytes=payload_bytes,
@@ -196,6 +204,12 @@ def _check(header: Header) -> None:
     name = header.kind.name
     if len(header.lengths) > MAX_ROWS:
         raise ProtocolError(f"{name} has {len(header.lengths)} row lengths; a header holds {MAX_ROWS}")
+    if len(header.layout) not in (0, 2 * len(header.lengths)):
+        raise ProtocolError(f"{name} has a layout of {len(header.layout)} numbers for {len(header.lengths)} rows")
+    if len(header.lengths) + len(header.layout) > MAX_ROWS:
+        raise ProtocolError(
+            f"{name} describes {len(header.lengths)} rows by three numbers each; a header holds {MAX_ROWS // 3} such"
+        )
     if header.dtype not in _CODES:
         raise ProtocolError(f"{name} has dtype {header.dtype}, which no frame carries")
     if len(header.shape) > MAX_DIMS:

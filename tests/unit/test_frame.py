@@ -17,7 +17,7 @@ from hpc.link import frame
 from hpc.link.frame import BODY_BYTES, PREFIX_BYTES, Header, Kind, check_prefix, decode, describe, encode, encode_prefix
 
 DTYPES = [dtype for dtype in frame._DTYPES if dtype is not None]
-U32 = st.integers(0, 2**32 - 1)
+U16, U32 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)
 
 
 @st.composite
@@ -25,15 +25,18 @@ def headers(draw: st.DrawFn) -> Header:
     dtype = draw(st.sampled_from([None, *DTYPES]))
     shape = tuple(draw(st.lists(st.integers(0, 50), max_size=4))) if dtype else ()
     size = math.prod(shape) * dtype.itemsize if dtype else 0
+    lengths = tuple(draw(st.lists(U16, max_size=MAX_ROWS)))
+    described = 3 * len(lengths) <= MAX_ROWS and draw(st.booleans())
     return Header(
         kind=draw(st.sampled_from(Kind)),
         round=draw(U32),
         step=draw(U32),
         micro=draw(U32),
-        flags=draw(st.integers(0, 2**16 - 1)),
+        flags=draw(U16),
         weight=draw(st.floats()),
         square_sum=draw(st.floats()),
-        lengths=tuple(draw(st.lists(st.integers(0, 2**16 - 1), max_size=MAX_ROWS))),
+        lengths=lengths,
+        layout=tuple(draw(st.lists(U16, min_size=2 * len(lengths), max_size=2 * len(lengths)))) if described else (),
         dtype=dtype,
         shape=shape,
         payload_bytes=size,
@@ -158,3 +161,14 @@ def test_prefix_tells_replay_gap_and_noise_apart() -> None:
 def test_header_without_tensor_allocates_nothing() -> None:
     with pytest.raises(ProtocolError, match="BYE came without a tensor"):
         frame.empty_like_header(Header(kind=Kind.BYE))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "layout", "message"),
+    [((3, 2), (1, 2), "a layout of 2 numbers for 2 rows"), ((1,) * 65, (0,) * 130, "65 rows .* holds 64 such")],
+)
+def test_a_layout_that_does_not_fit_its_rows_is_refused(
+    lengths: tuple[int, ...], layout: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        encode(Header(kind=Kind.SMASHED, lengths=lengths, layout=layout))
