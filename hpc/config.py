@@ -31,7 +31,8 @@ class ModelConfig:
     """Which model, in which precision, and where it is cut."""
 
     name_or_path: str = "smollm2-135m"
-    """`smollm2-135m` (from its PyPI wheel), `tiny-llama` (random, for tests), a folder, or a hub name."""
+    """`smollm2-135m` (from its PyPI wheel), `tiny-llama` (random, for tests), a folder (safetensors, .bin or GGUF), a
+    Llama's .gguf file, or a hub name. If the folder has a SHA256SUMS, each shard opened is verified (1 s a GB)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the frozen weights and of what crosses the links. What is trained stays float32."""
     head_blocks: int = 1

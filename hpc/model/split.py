@@ -159,6 +159,7 @@ def _load(
             raise ModelError(
                 f"{key} has shape {tuple(tensors[key].shape)} in the file; the configuration says {tuple(shapes[name])}"
             )
+    _check_kinds(model, {name: tensors[key] for name, key in key_of.items()})
     model.load_state_dict({name: tensors[key] for name, key in key_of.items()}, assign=True)
     for name, target in ties.items():
         if name in shapes and target in shapes:
@@ -167,6 +168,15 @@ def _load(
     left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.device.type == "meta"]
     if left:
         raise ModelError(f"{left[0]} was not loaded: the model's files do not cover this architecture")
+
+
+def _check_kinds(model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    for name, wanted in model.state_dict().items():
+        if tensors[name].is_floating_point() != wanted.is_floating_point():
+            raise ModelError(
+                f"{name} is stored as {tensors[name].dtype}, where the architecture has {wanted.dtype}: quantised "
+                "weights are not read; give a checkpoint in float16, bfloat16 or float32"
+            )
 
 
 def _whole_key(name: str, block_prefix: str, first: int) -> str:

@@ -1,4 +1,4 @@
-"""From a model's name to its files: the embedded model, the random tiny one, a folder, or a hub name."""
+"""From a model's name to its files: the embedded model, the random tiny one, a folder, a GGUF file, or a hub name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hpc.config import ModelConfig
 from hpc.errors import ModelError
 from hpc.source.cut import Cut
 from hpc.source.files import FileResolver
+from hpc.source.gguf_folder import gguf_folder, gguf_of
 
 
 def resolve(model: ModelConfig) -> FileResolver:
@@ -25,6 +26,9 @@ def resolve(model: ModelConfig) -> FileResolver:
         from hpc.source.tiny import tiny_llama_folder
 
         return FileResolver(str(tiny_llama_folder(seed=model.init_seed)))
+    gguf = gguf_of(model.name_or_path)
+    if gguf is not None:
+        return FileResolver(str(gguf_folder(gguf)), gguf=gguf)
     return FileResolver(model.name_or_path)
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from hpc.errors import ModelError
 from hpc.source import smollm2
 from hpc.source.cache import cached_folder
-from hpc.source.smollm2 import check_gguf, find_gguf, hf_name, smollm2_folder
+from hpc.source.gguf_llama import hf_name
+from hpc.source.smollm2 import check_gguf, find_gguf, smollm2_folder
 from hpc.source.tiny import tiny_llama_folder
 
 needs_wheel = pytest.mark.skipif(
