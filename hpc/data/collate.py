@@ -77,7 +77,14 @@ def prompt_ids(example: Example, tokenizer: Any, max_source_length: int) -> list
 def _encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text at the start of a row: with BOS where the tokenizer adds one by default, never with EOS."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if _ends_prompts(tokenizer):
+        return list(tokenizer.build_inputs_with_special_tokens(ids))
     return [tokenizer.bos_token_id, *ids] if _adds_bos(tokenizer) else ids
+
+
+def _ends_prompts(tokenizer: Any) -> bool:
+    """Whether tokens of its own stand between a prompt and its answer (ChatGLM)."""
+    return bool(getattr(tokenizer, "ends_prompts", False))
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -93,16 +100,23 @@ def answer_ids(example: Example, answer: str, tokenizer: Any, max_target_length:
     and the prompt's ids are taken off; where the two merge into each other, it is tokenised alone after all.
     Raises `DataError` if it has no tokens or more than `max_target_length`.
     """
-    prompt = tokenizer(example.after, add_special_tokens=False)["input_ids"]
-    both = tokenizer(example.after + answer, add_special_tokens=False)["input_ids"]
-    parted = both[: len(prompt)] == prompt
-    ids: list[int] = both[len(prompt) :] if parted else tokenizer(answer, add_special_tokens=False)["input_ids"]
+    ids = _continuation(example.after, answer, tokenizer)
     if not 0 < len(ids) <= max_target_length:
         raise DataError(
             f"the answer {answer!r} has {len(ids)} tokens; it must have 1 to --data.max_target_length "
             f"{max_target_length}"
         )
     return ids
+
+
+def _continuation(before: str, answer: str, tokenizer: Any) -> list[int]:
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    if _ends_prompts(tokenizer):
+        return encode(answer.strip())
+    prompt, both = encode(before), encode(before + answer)
+    return both[len(prompt) :] if both[: len(prompt)] == prompt else encode(answer)
 
 
 def make_row(example: Example, tokenizer: Any, *, max_source_length: int, max_target_length: int) -> Row:

@@ -43,6 +43,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": VOCAB_FILE}  # noqa: RUF012  # the base class's own types
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
     padding_side = "left"
+    ends_prompts = True  # an answer does not simply go on where its prompt ends
 
     def __init__(
         self,
