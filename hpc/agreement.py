@@ -10,6 +10,27 @@ from hpc import __version__
 from hpc.config import Config
 from hpc.source.resolve import read_config, resolve
 
+# Alike at both ends of a link, but not in a checkpoint and the run that takes it up: what these say is told anew, or
+# what they change lies ahead. The links themselves (`link.*`), the ZeRO stage and paths are in no agreement at all.
+FREE_ON_RESUME = frozenset(
+    {
+        "trunk.ranks",
+        "trunk.smashed_cache_mib",
+        "train.max_steps",
+        "train.rounds",
+        "train.learning_rate",
+        "train.save_every",
+        "train.save_total_limit",
+        "train.eval_every",
+        "train.eval_batch_size",
+        "train.early_stopping_patience",
+        "train.on_nonfinite",
+        "train.min_clients",
+        "data.val_examples",
+        "data.evaluate_by",
+    }
+)
+
 
 def agreement(config: Config) -> dict[str, str]:
     """Key → value as text; compared key by key, so that what differs can be named with both values."""
@@ -27,3 +48,8 @@ def agreement(config: Config) -> dict[str, str]:
     agreed["data.longest_row"] = str(config.data.longest_row)
     agreed["trunk.smashed_cache_mib"] = str(config.trunk.smashed_cache_mib)
     return agreed
+
+
+def lasting_agreement(config: Config) -> dict[str, str]:
+    """The part of `agreement` that a checkpoint and the run that takes it up must have alike."""
+    return {key: value for key, value in agreement(config).items() if key not in FREE_ON_RESUME}

@@ -6,31 +6,42 @@ from pathlib import Path
 
 import torch
 
-from hpc.checkpoint import checkpoint_folder, read_role
+from hpc.checkpoint import UNNAMED, Attempt, checkpoint_folder, read_role
 from hpc.config import Config
 from hpc.errors import ConfigError
 from hpc.model.part import Part
+from hpc.redeal import read_replicas
 from hpc.replica_trunk import ReplicaTrunk, replica_bytes
 from hpc.topology import clients_of_trunk_rank
 from hpc.trunk import Trunk
 
 
 def build_trunk(
-    part: Part, config: Config, *, rank: int, device: torch.device, folder: Path, start: int
+    part: Part,
+    config: Config,
+    *,
+    rank: int,
+    device: torch.device,
+    folder: Path,
+    start: int,
+    attempt: Attempt = UNNAMED,
 ) -> tuple[Trunk | ReplicaTrunk, dict[str, float]]:
     """The trunk of one rank, and the facts that its checkpoint at step `start` holds (0: none).
 
-    Raises `ConfigError` if the clients' copies of what learns would take more than `trunk.replica_limit_gib`.
+    Raises `ConfigError` if the clients' copies of what learns would take more than `trunk.replica_limit_gib`,
+    `CheckpointError` if the checkpoint's file is missing or not what was written.
     """
     check_room(part, config, rank)
+    saved = checkpoint_folder(folder, start)
     if config.train.schedule == "replica":
-        replicas = ReplicaTrunk(part, config, clients=clients_of_trunk_rank(rank, config), device=device)
+        clients = clients_of_trunk_rank(rank, config)
+        replicas = ReplicaTrunk(part, config, clients=clients, device=device)
         if not start:
             return replicas, {}
-        tensors, facts = read_role(checkpoint_folder(folder, start), f"trunk-{rank}")
+        tensors, facts = read_replicas(saved, clients, rank=rank, attempt=attempt.takes_up, learns=replicas.learns)
         replicas.load_state(tensors)
         return replicas, facts
-    tensors, facts = read_role(checkpoint_folder(folder, start), "trunk") if start else ({}, {})
+    tensors, facts = read_role(saved, "trunk", attempt=attempt.takes_up) if start else ({}, {})
     if start:
         part.load_trainable(tensors)
     trunk = Trunk(part, config, ranks=config.trunk.ranks, device=device)

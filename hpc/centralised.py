@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hpc.agreement import agreement
-from hpc.checkpoint import checkpoint_folder, commit, read_role, write_role
+from hpc.checkpoint import UNNAMED, Attempt, checkpoint_folder, read_role
 from hpc.config import Config
 from hpc.data.collate import Batch, union
 from hpc.data.dataset import ClientData, score_eval
@@ -25,6 +24,7 @@ from hpc.model.continued import ContinuedLM, WholeChain
 from hpc.model.part import LabelPositions, Part
 from hpc.optim import MAX_SKIPS, Decision, LossScale, decide, global_norm, square_sum
 from hpc.report.events import Evaluation, EventLog, WholeStep
+from hpc.saving import Saver
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
 from hpc.source.cut import Cut
 
@@ -61,12 +61,14 @@ class Centralised:
         folder: Path,
         *,
         start: int = 0,
+        attempt: Attempt = UNNAMED,
         before_step: Callable[[int], None] = lambda step: None,
         after_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         """The whole run, in the order of the schedule, from the checkpoint at `start` in `folder` if that is not 0."""
+        saver = Saver(config=self.config, folder=folder, role=ROLE, attempt=attempt, log=self.log)
         if start:
-            state, facts = read_role(checkpoint_folder(folder, start), ROLE)
+            state, facts = read_role(checkpoint_folder(folder, start), ROLE, attempt=attempt.takes_up)
             self.learner.load_state(state)
             self.loss_scale.load(facts)
             for client, patience in enumerate(self._patience):
@@ -84,8 +86,8 @@ class Centralised:
                         break
                 case Save():
                     facts = self.loss_scale.state() | _numbered(self._patience)
-                    write_role(folder, instruction.step, ROLE, self.learner.state(), facts)
-                    commit(folder, instruction.step, agreement(self.config))
+                    written = saver.write(instruction.step, ROLE, self.learner.state(), facts)
+                    saver.finish(instruction.step, saver.commit(instruction.step) if written else [])
                 case HandOver() | Sync():
                     pass  # one process holds everything
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from hpc.acts import Recv, Send
-from hpc.checkpoint import checkpoint_folder, read_role, write_role
+from hpc.checkpoint import UNNAMED, Attempt, checkpoint_folder, read_role
 from hpc.client_side import ClientSide
 from hpc.client_step import ClientStepRun
 from hpc.config import Config
@@ -22,7 +22,7 @@ from hpc.early_stopping import Patience
 from hpc.errors import ProtocolError
 from hpc.learner import Learner
 from hpc.link.channel import Channel
-from hpc.link.frame import WOULD_STOP, Header
+from hpc.link.frame import NOT_WRITTEN, WOULD_STOP, Header
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
 from hpc.matches import count_matches
@@ -31,6 +31,7 @@ from hpc.model.part import Part
 from hpc.programs import Traits, client_step, client_sync
 from hpc.ragged import pad
 from hpc.report.events import ClientStep, Evaluation, EventLog
+from hpc.saving import Saver, from_payload
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
 from hpc.smashed_cache import CacheBook
 from hpc.split_chain import SplitChains
@@ -55,9 +56,10 @@ class Client:
         device: torch.device,
         folder: Path,
         start: int = 0,
+        attempt: Attempt = UNNAMED,
         before_step: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self._before_step, self.folder, self.start = before_step, folder, start
+        self._before_step, self.folder, self.start, self.attempt = before_step, folder, start, attempt
         self.client_id, self.config, self.train = client_id, config, config.train
         self.head, self.tail = head.to(device), tail.to(device)
         self.data, self.channel, self.peers, self.log, self.device = data, channel, peers, log, device
@@ -68,6 +70,7 @@ class Client:
         self._patience = Patience(config.train.early_stopping_patience)
         self._samples: list[int] = []  # of every client, told by the trunk
         self.side = self._make_side()
+        self.saver = Saver(config=config, folder=folder, role=f"client-{client_id}", attempt=attempt, log=log)
         if start:
             self._resume()
         self._eval_batches = data.eval_batches(config.train.eval_batch_size)
@@ -252,11 +255,14 @@ class Client:
             self.learner.load_state(self.peers.open(order.sender, sealed))
 
     def save(self, step: int) -> None:
-        """Write the client parts beside the others' files; they never leave this client."""
-        write_role(self.folder, step, f"client-{self.client_id}", self.learner.state(), self._patience.state())
-        self.link.send(Header(kind=Kind.READY, step=step))
+        """Write the client parts, which never leave this client; learn which checkpoints there are from now on."""
+        state, facts = self.learner.state(), self._patience.state()
+        written = self.saver.write(step, f"client-{self.client_id}", state, facts)
+        self.link.send(Header(kind=Kind.READY, step=step, flags=0 if written else NOT_WRITTEN))
+        self.saver.finish(step, from_payload(self.link.recv(Kind.READY, step, on_device=False).payload))
 
     def _resume(self) -> None:
-        state, facts = read_role(checkpoint_folder(self.folder, self.start), f"client-{self.client_id}")
+        folder, role = checkpoint_folder(self.folder, self.start), f"client-{self.client_id}"
+        state, facts = read_role(folder, role, attempt=self.attempt.takes_up)
         self.learner.load_state(state)
         self._patience.load(facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from hpc.aggregate import TrunkGroup
 from hpc.agreement import agreement
 from hpc.baseline import run_baseline
-from hpc.checkpoint import find
+from hpc.checkpoint import Attempt
 from hpc.config import Config
 from hpc.errors import DataError, HpcError
 from hpc.link.broken import lost_if_broken
@@ -21,7 +22,7 @@ from hpc.link.identity import Authorised, client_name, load_private
 from hpc.model.build import ModelBuilder, count_parameters
 from hpc.model.pretrained import load_tokenizer
 from hpc.process import device_of, prepare_process
-from hpc.rendezvous import Rendezvous, made_up_folder, trunk_patience_s
+from hpc.rendezvous import Rendezvous, made_up_folder, start_of, trunk_patience_s
 from hpc.report.events import Ended, EventLog, Started, role_path
 from hpc.report.provenance import peak_rss_mib, versions
 from hpc.schedule import clients_of_step, total_steps
@@ -64,8 +65,10 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
         group = TrunkGroup(place.index, config.trunk.ranks, trunk_patience_s(config))
         part = builder.part("trunk")
         keys_read = len(builder.source.keys_read)
-        start = meeting.start_step(folder)
-        trunk, facts = build_trunk(part, config, rank=place.index, device=device, folder=folder, start=start)
+        start, attempt = meeting.take_up(folder)
+        trunk, facts = build_trunk(
+            part, config, rank=place.index, device=device, folder=folder, start=start, attempt=attempt
+        )
         events, reports = EventLog(role_path(folder, place.name)), place.index == 0
         server = Server(
             config=config,
@@ -77,6 +80,7 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
             log=events,
             folder=folder,
             start=start,
+            attempt=attempt,
         )
         server.loss_scale.load(facts)
         server.open()
@@ -124,7 +128,7 @@ def run_client(config: Config, place: Place) -> None:
             meeting.link(client_id), link=config.link, client_id=client_id, agreement=agreement(config)
         )
         folder = Path(meeting.output_folder())
-        start = meeting.start_step(folder)
+        start, attempt = meeting.take_up(folder)
         builder = ModelBuilder.of(config)
         data = load_client_data(config, client_id, load_tokenizer(builder.resolver))
         head, tail = builder.client_parts()
@@ -148,6 +152,7 @@ def run_client(config: Config, place: Place) -> None:
             device=device_of(config, place),
             folder=folder,
             start=start,
+            attempt=attempt,
             before_step=turns.before_step,
         )
         client.open()
@@ -166,8 +171,8 @@ def run_centralised(config: Config, yaml: str) -> None:
     from hpc.baseline import build_centralised
 
     folder = Path(config.run.folder or made_up_folder(config))
-    wanted = config.run.resume_from_checkpoint
-    start = find(folder, wanted, agreement(config)) if wanted else 0
+    start, takes_up = start_of(config, folder)
+    attempt = Attempt(name=secrets.token_hex(16), takes_up=takes_up)
     save_config(folder, yaml)
     with EventLog(role_path(folder, "centralised")) as events:
         events.write(Started(step=start))
@@ -176,7 +181,13 @@ def run_centralised(config: Config, yaml: str) -> None:
         progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=1)
         model, builder = build_centralised(config, events)
         turns = step_hooks(config, "centralised", store=None, log=events)
-        model.run(folder, start=start, before_step=turns.before_step, after_step=lambda step: progress.poll())
+        model.run(
+            folder,
+            start=start,
+            attempt=attempt,
+            before_step=turns.before_step,
+            after_step=lambda step: progress.poll(),
+        )
         turns.finish()
         events.write(_ended({"model": count_parameters(model.model)}, len(builder.source.keys_read), None))
         progress.close()

@@ -9,10 +9,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from hpc.agreement import agreement
+from hpc.agreement import lasting_agreement
 from hpc.config import Config
 from hpc.data.examples import held_out_examples, training_examples
 from hpc.errors import ConfigError
+from hpc.schedule import total_steps
 from hpc.source.cut import Cut, PartKind
 from hpc.source.resolve import cut_of, read_config, resolve
 from hpc.trunk_config import read_deepspeed_json, zero_stage
@@ -20,9 +21,12 @@ from hpc.trunk_config import read_deepspeed_json, zero_stage
 PARTS: tuple[PartKind, ...] = ("head", "trunk", "tail")
 
 
-def check(config: Config) -> None:
-    """Raise a `BadInput` error for the first thing that would stop every role alike."""
-    check_output(config)
+def check(config: Config, *, coordinates: bool = True) -> None:
+    """Raise a `BadInput` error for the first thing that would stop every role alike.
+
+    `coordinates`: whether checkpoints are committed in this role's folder; another role's may hold its own files only.
+    """
+    check_output(config, coordinates=coordinates)
     check_model(config)
     stage = zero_stage(read_deepspeed_json(config.trunk.deepspeed))
     _check_zero(config, stage)
@@ -73,7 +77,7 @@ def check_data(config: Config, clients: Iterable[int]) -> None:
         held_out_examples(config, client_id)
 
 
-def check_output(config: Config) -> None:
+def check_output(config: Config, *, coordinates: bool = True) -> None:
     """Raise a `BadInput` error if the folder holds a finished run, lacks the checkpoint, or cannot be written."""
     folder, wanted = config.run.folder, config.run.resume_from_checkpoint
     if folder is None:
@@ -85,9 +89,10 @@ def check_output(config: Config) -> None:
     if not os.access(nearest, os.W_OK):
         raise ConfigError(f"--run.output_dir {folder} cannot be written: no permission in {nearest}")
     if wanted is not None:
-        from hpc.checkpoint import find
+        if coordinates:
+            from hpc.resume import find
 
-        find(folder, wanted, agreement(config))
+            find(folder, wanted, lasting_agreement(config), steps=total_steps(config.train))
     elif (path / "summary.json").exists() or any(path.glob("checkpoint-*/manifest.json")):
         kind = "finished run" if (path / "summary.json").exists() else "run that stopped"
         raise ConfigError(

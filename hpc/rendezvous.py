@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import secrets
 import socket
@@ -12,16 +14,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hpc.agreement import agreement
-from hpc.checkpoint import find
+from hpc.agreement import lasting_agreement
+from hpc.checkpoint import Attempt
 from hpc.config import Config
-from hpc.errors import PeerLost, TopologyError
+from hpc.errors import CheckpointError, PeerLost, TopologyError
 from hpc.launcher import STORE_FD
 from hpc.link.broken import lost_if_broken
 from hpc.link.gloo import CLIENT, SERVER, connect_gloo
 from hpc.link.transport import Transport, choose_transport
 from hpc.process import device_of
+from hpc.resume import find
+from hpc.schedule import total_steps
 from hpc.topology import Place
+
+log = logging.getLogger("hpc")
 
 FOLDER_KEY, RUN_KEY, START_KEY, TRANSPORT_KEY = "run/folder", "run/id", "run/start", "run/transport"
 
@@ -116,18 +122,34 @@ class Rendezvous:
             return folder
         return configured or self.store.get(FOLDER_KEY).decode()
 
-    def start_step(self, folder: Path) -> int:
-        """Where the run begins: 0, or the step of the checkpoint that trunk rank 0 found in its folder."""
+    def take_up(self, folder: Path) -> tuple[int, Attempt]:
+        """Where the run begins (0, or the step of the checkpoint that trunk rank 0 found in its folder), for all roles.
+
+        Raises `CheckpointError` if there is none, or if this role was told to resume and trunk rank 0 was not.
+        """
         wanted = self.config.run.resume_from_checkpoint
-        if wanted is None:
-            return 0
         if self.place.name == "trunk-0":
-            self.store.set(START_KEY, str(find(folder, wanted, agreement(self.config))))
-        return int(self.store.get(START_KEY))
+            self.store.set(START_KEY, json.dumps(start_of(self.config, folder)))
+        step, takes_up = json.loads(self.store.get(START_KEY))
+        if wanted is not None and not step:
+            raise CheckpointError(
+                f"--run.resume_from_checkpoint {wanted}: trunk rank 0 begins from scratch; give every role the flag"
+            )
+        return step, Attempt(name=self.run_id(), takes_up=takes_up)
 
     def run_id(self) -> str:
         """A name that no other run has; clients bind their keys for each other to it."""
         return str(self.store.get(RUN_KEY).decode())
+
+
+def start_of(config: Config, folder: Path) -> tuple[int, str]:
+    """The step to begin behind, and the attempt whose checkpoint that is. Raises `CheckpointError`."""
+    wanted = config.run.resume_from_checkpoint
+    if wanted is None:
+        return 0, ""
+    found = find(folder, wanted, lasting_agreement(config), steps=total_steps(config.train))
+    (log.warning if found.passed_over else log.info)("%s", found)
+    return found.step, found.attempt
 
 
 def trunk_patience_s(config: Config) -> float:

@@ -14,13 +14,12 @@ import torch
 
 from hpc.acts import Micro, Recv
 from hpc.aggregate import TrunkGroup
-from hpc.agreement import agreement
-from hpc.checkpoint import commit, write_role
+from hpc.checkpoint import UNNAMED, Attempt
 from hpc.config import Config
 from hpc.early_stopping import majority
 from hpc.errors import PeerLost, ProtocolError
 from hpc.link.channel import Channel
-from hpc.link.frame import WOULD_STOP, Frame, Header
+from hpc.link.frame import NOT_WRITTEN, WOULD_STOP, Frame, Header
 from hpc.link.kinds import Kind
 from hpc.link.stats import LinkStats
 from hpc.optim import LossScale
@@ -29,6 +28,7 @@ from hpc.ragged import pack, pad
 from hpc.replica_step import ReplicaStep
 from hpc.replica_trunk import ReplicaTrunk
 from hpc.report.events import EventLog, TrunkStep
+from hpc.saving import Saver, from_payload, obstacle, to_payload
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
 from hpc.served import Served
 from hpc.served_decoding import ServedDecoding
@@ -58,8 +58,9 @@ class Server:
         log: EventLog,
         folder: Path,
         start: int = 0,
+        attempt: Attempt = UNNAMED,
     ) -> None:
-        self.folder, self.start, self.config, self.log = folder, start, config, log
+        self.start, self.config, self.log = start, config, log
         self.train, self.channels, self.group = config.train, channels, group
         self.loss_scale = LossScale.for_dtype(config.model.dtype)
         self.served = Served(
@@ -82,6 +83,7 @@ class Server:
             },
             watch=Stopwatch(),
         )
+        self.saver = Saver(config=config, folder=folder, role=f"trunk-{group.rank}", attempt=attempt, log=log)
         self._eval_batches: dict[int, int] = {}
 
     def open(self) -> None:
@@ -230,23 +232,38 @@ class Server:
                 self.served.send(receiver, Header(kind=Kind.HANDOVER, step=order.step), sealed)
 
     def save(self, step: int) -> None:
-        """Write the trunk's state; the checkpoint exists once every role has written its own."""
-        if self.group.sum(len(self.served.lost)):  # every client takes it up, so none may be missing
-            if self.group.rank == 0:
-                log.warning("no checkpoint at step %d: a client is lost, and its parts with it", step)
-            for client in self.served.present(self.channels):
-                self.served.recv(Recv(Kind.READY, Micro(client)), step, on_device=False)
-            return
-        state, replicas = self.side.trunk.state(), self.train.schedule == "replica"
-        if self.group.rank == 0 or replicas:
-            name = f"trunk-{self.group.rank}" if replicas else "trunk"
-            write_role(self.folder, step, name, state, self.loss_scale.state())
-        here = self.served.present(self.channels)
-        for client in here:
-            self.served.recv(Recv(Kind.READY, Micro(client)), step, on_device=False)
-        self.group.barrier()
+        """Write the trunk's state; the checkpoint exists once every role has written its own.
+
+        If a client is lost, or a role cannot write, there is no checkpoint at this step, and the run goes on.
+        """
+        written = self._write(step)
+        mine = self.served.present(self.channels)
+        heard = {c: self.served.recv(Recv(Kind.READY, Micro(c)), step, on_device=False) for c in mine}
+        flags = {c: frame.header.flags & NOT_WRITTEN for c, frame in heard.items() if frame is not None}
+        why = obstacle(
+            lost=int(self.group.sum(len(self.served.lost))),
+            unwritten=self.group.merge(flags, self.train.clients),
+            ranks=int(self.group.sum(not written and self.group.rank > 0)),
+        )
+        kept = None
         if self.group.rank == 0:
-            commit(self.folder, step, agreement(self.config))
+            if why is not None:
+                self.saver.fail(step, why)
+            kept = to_payload(self.saver.commit(step) if written and why is None else []).view(torch.uint8)
+        kept = self.group.share(kept, owner=0).view(torch.int64)
+        self.saver.finish(step, from_payload(kept))
+        for client in self.served.present(self.channels):
+            self.served.send(client, Header(kind=Kind.READY, step=step), kept)
+
+    def _write(self, step: int) -> bool:
+        """Whether what this rank has to write is written. Collective."""
+        if self.group.sum(len(self.served.lost)):
+            return True
+        state, replicas = self.side.trunk.state(), self.train.schedule == "replica"
+        if self.group.rank > 0 and not replicas:
+            return True
+        name = f"trunk-{self.group.rank}" if replicas else "trunk"
+        return self.saver.write(step, name, state, self.loss_scale.state())
 
     def _check_enough_are_left(self) -> None:
         if self.train.min_clients == 0:

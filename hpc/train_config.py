@@ -79,7 +79,9 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a loss, gradient or activation is NaN or infinite: end the run, or leave that step out. Nobody steps."""
     save_every: int = 0
-    """Write a checkpoint every so many steps; 0: none."""
+    """Write a checkpoint every so many steps; 0: none. Where that fails (disc full), the run goes on without it."""
+    save_total_limit: int = 0
+    """Checkpoints to keep: after each new one the oldest beyond this number are removed; 0: keep all."""
     eval_batch_size: int = 16
     """Rows of one client in one evaluation batch."""
     seed: int = 0
@@ -101,6 +103,7 @@ class TrainConfig:
             "adam_epsilon",
             "eval_every",
             "save_every",
+            "save_total_limit",
             "seed",
         ):
             require_at_least(f"train.{name}", getattr(self, name), 0)

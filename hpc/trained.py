@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc.checkpoint import checkpoint_folder, committed_steps, read_role
+from hpc.checkpoint import checkpoint_folder, read_role
 from hpc.errors import CheckpointError
 from hpc.model.part import Part
+from hpc.resume import committed_steps
 
 
 def take_up(parts: Sequence[Part], folder: str, role: str, *, clients: Sequence[int] = ()) -> None:

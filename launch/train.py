@@ -40,7 +40,7 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        check(config)
+        check(config, coordinates=where.name in ("trunk-0", "centralised"))
         if where.role == "client":
             check_data(config, [where.index])
         from hpc.federation import run_role

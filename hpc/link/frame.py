@@ -101,6 +101,7 @@ class Frame:
 LOSS_NOT_FINITE = 1  # flag of GRAD_TRUNK_OUT: all that is told about a loss
 LEFT_OUT = 1  # flag of STEP: nobody steps, and it is nobody's fault
 WOULD_STOP = 1  # flag of VOTE and VERDICT
+NOT_WRITTEN = 1  # flag of READY after a save: this client's file of the checkpoint could not be written
 
 
 def describe(header: Header, tensor: torch.Tensor | None, chunk_bytes: int) -> Header:

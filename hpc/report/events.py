@@ -160,7 +160,8 @@ class EventLog:
 
         `nonfinite` (step, client_id or -1, what): "activations", "loss" or "gradient" for which a step was left out;
         `client_lost` (step, client_id, why); `early_stop` (step): the run's last;
-        `average` (step, seconds): parameters were averaged after `step`.
+        `average` (step, seconds): parameters were averaged after `step`;
+        `checkpoint_failed` (step, why): from any role, there is no checkpoint after `step`.
         """
         line = {"event": name, "time": time.time(), "role": self.role, **fields}
         self._file = self._file or self._open()

@@ -11,7 +11,7 @@ NOBODY = -1  # the trunk's own gradient was not finite, or one that cannot be tr
 
 
 def incident_figures(events: EventsByRole) -> dict[str, Any]:
-    """`skipped_steps`, `nonfinite`, `lost_clients`, `stopped_early_at` and `averages`."""
+    """`skipped_steps`, `nonfinite`, `lost_clients`, `failed_checkpoints`, `stopped_early_at` and `averages`."""
     nonfinite = _notes(events, "nonfinite", "step", "client_id", "what")
     for note in nonfinite:
         note["client_id"] = None if note["client_id"] == NOBODY else note["client_id"]
@@ -24,9 +24,18 @@ def incident_figures(events: EventsByRole) -> dict[str, Any]:
         "skipped_steps": len(skipped | {note["step"] for note in nonfinite}),
         "nonfinite": nonfinite,
         "lost_clients": _notes(events, "client_lost", "step", "client_id", "why"),
+        "failed_checkpoints": _failed_checkpoints(events),
         "stopped_early_at": stops[-1]["step"] if stops else None,
         "averages": {"count": len(averages), "seconds": or_none(statistics.fmean, averages)},
     }
+
+
+def _failed_checkpoints(events: EventsByRole) -> list[dict[str, Any]]:
+    """One entry a step, with what each role says of it: the coordinator who failed, and that role the reason."""
+    steps: dict[int, list[str]] = {}
+    for note in _notes(events, "checkpoint_failed", "step", "why"):
+        steps.setdefault(note["step"], []).append(note["why"])
+    return [{"step": step, "why": "; ".join(reasons)} for step, reasons in steps.items()]
 
 
 def _notes(events: EventsByRole, name: str, *keys: str) -> list[dict[str, Any]]:

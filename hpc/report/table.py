@@ -182,6 +182,9 @@ def _incidents(summary: Summary) -> list[str]:
     lost = [f"{_client_of(note)}in step {note['step']}: {note['why']}" for note in summary["lost_clients"]]
     if lost:
         lines.append(_some(f"Lost: {count(len(lost), 'client')}", lost))
+    failed = [f"step {note['step']}: {note['why']}" for note in summary["failed_checkpoints"]]
+    if failed:
+        lines.append(_some(f"Not saved: {count(len(failed), 'checkpoint')}", failed))
     if summary["stopped_early_at"] is not None:
         lines.append(f"Stopped early after step {summary['stopped_early_at']}: held-out losses no longer fell")
     return lines

@@ -64,6 +64,9 @@ FLOORS = {
     "hpc.checkpoint": 3,
     "hpc.extensions": 3,
     "hpc.trained": 3,
+    "hpc.redeal": 3,
+    "hpc.resume": 3,
+    "hpc.saving": 3,
     # what looks at runs
     "hpc.privacy": 4,
     "hpc.report": 4,

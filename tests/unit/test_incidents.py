@@ -34,8 +34,9 @@ def printed(summary: dict[str, Any]) -> str:
 def test_a_run_without_incidents_says_so(events: dict[str, list[e.Event]]) -> None:
     summary = summarise(case.config(), events)
     assert (summary["skipped_steps"], summary["nonfinite"], summary["lost_clients"]) == (0, [], [])
+    assert summary["failed_checkpoints"] == []
     assert (summary["stopped_early_at"], summary["averages"]) == (None, {"count": 0, "seconds": None})
-    assert not any(word in printed(summary) for word in ("Left out", "Lost", "Stopped", "averaged", "cache"))
+    assert not any(word in printed(summary) for word in ("Left out", "Lost", "Stopped", "averaged", "cache", "saved"))
 
 
 def test_a_skipped_step_counts_once_however_many_say_so(events: dict[str, list[e.Event]]) -> None:
@@ -63,6 +64,17 @@ def test_lost_clients_are_named_with_the_reason(events: dict[str, list[e.Event]]
     summary = summarise(case.config(), events)
     assert summary["lost_clients"] == [{"step": 3, "client_id": 1, "why": "silent for 60 s"}]
     assert "Lost: 1 client (client-1 in step 3: silent for 60 s)" in printed(summary)
+
+
+def test_checkpoints_that_failed_are_counted_once_each(events: dict[str, list[e.Event]]) -> None:
+    events["trunk-0"] += [note("checkpoint_failed", step=step, why="client-1 could not write") for step in (2, 4)]
+    events["client-1"].append(note("checkpoint_failed", step=4, why="No space left on device"))
+    summary = summarise(case.config(), events)
+    assert summary["failed_checkpoints"] == [
+        {"step": 2, "why": "client-1 could not write"},
+        {"step": 4, "why": "client-1 could not write; No space left on device"},
+    ]
+    assert "Not saved: 2 checkpoints (step 2: client-1 could not write; step 4: " in printed(summary).replace("\n", " ")
 
 
 def test_an_average_takes_as_long_as_its_slowest_rank(events: dict[str, list[e.Event]]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from hpc.checkpoint import committed_steps
 from hpc.client import Client
 from hpc.config import AdapterConfig, Config, DataConfig, LinkConfig, ModelConfig, TrainConfig
 from hpc.errors import LinkError, PeerLost, ProtocolError
@@ -18,6 +17,7 @@ from hpc.link.identity import Authorised, client_name, load_private
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
 from hpc.report.events import read_events, role_path
+from hpc.resume import committed_steps
 from hpc.schedule import cohort
 from tests.loopback import Outcome, run_split
 
