@@ -28,6 +28,7 @@ FREE_ON_RESUME = frozenset(
         "train.min_clients",
         "data.val_examples",
         "data.evaluate_by",
+        "run.save_adapter",
     }
 )
 
@@ -46,6 +47,7 @@ def agreement(config: Config) -> dict[str, str]:
     agreed["data.val_examples"] = str(config.data.val_examples if config.data.evaluates else 0)
     agreed["data.evaluate_by"] = config.data.evaluate_by if config.data.evaluates else "nothing"
     agreed["data.longest_row"] = str(config.data.longest_row)
+    agreed["run.save_adapter"] = str(config.run.save_adapter)
     agreed["trunk.smashed_cache_mib"] = str(config.trunk.smashed_cache_mib)
     return agreed
 

@@ -18,6 +18,7 @@ from hpc.data.collate import Batch, union
 from hpc.data.dataset import ClientData, score_eval
 from hpc.early_stopping import Patience, majority
 from hpc.errors import NonFinite
+from hpc.export.save import save_centralised_adapter
 from hpc.learner import Learner, seed_dropout, tail_loss_sum
 from hpc.matches import count_matches
 from hpc.model.continued import ContinuedLM, WholeChain
@@ -90,6 +91,8 @@ class Centralised:
                     saver.finish(instruction.step, saver.commit(instruction.step) if written else [])
                 case HandOver() | Sync():
                     pass  # one process holds everything
+        if self.config.run.save_adapter:
+            save_centralised_adapter(folder, self.config, self.learner.parameters)
 
     def train_step(self, order: TrainStep) -> float:
         """The batches of the step's clients as one; returns the wall seconds of the step."""

@@ -20,6 +20,7 @@ from hpc.contribution import MaskedContribution
 from hpc.data.dataset import ClientData, score_eval
 from hpc.early_stopping import Patience
 from hpc.errors import ProtocolError
+from hpc.export.save import save_client_adapter
 from hpc.learner import Learner
 from hpc.link.channel import Channel
 from hpc.link.frame import NOT_WRITTEN, WOULD_STOP, Header
@@ -132,6 +133,8 @@ class Client:
                     self.hand_over(instruction)
                 case Save():
                     self.save(instruction.step)
+        if self.config.run.save_adapter:
+            save_client_adapter(self.folder, self.config, self.client_id, self.learner.parameters, self.link)
         before_goodbye()
         self.link.send(Header(kind=Kind.BYE))
         self.link.recv_next(Kind.BYE)

@@ -219,6 +219,8 @@ class RunConfig:
     """CPU threads of each process; 0: all cores, or its share where launch/local.py starts all roles on one machine."""
     baseline_steps: int = 0
     """Train so many steps of the uncut model beside the run, step by step in turn, to compare time and loss."""
+    save_adapter: bool = True
+    """At the end, each client gets the trunk's part of the adapter and writes all of it to adapter/client-<k>/."""
 
     def __post_init__(self) -> None:
         require(

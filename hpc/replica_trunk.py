@@ -5,7 +5,7 @@ Shape suffixes: B rows, T tokens, D hidden size, N values that one client trains
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -150,6 +150,15 @@ class ReplicaTrunk:
         for client in sorted(self._rows.keys() & weights.keys()):
             mean_N.add_(self._rows[client].double(), alpha=weights[client] / total)
         values_KN.copy_(sum_tensor(mean_N.cpu()))
+
+    @property
+    def names(self) -> list[str]:
+        """What learns, by its name in the uncut model."""
+        return self._replicas.names
+
+    def values(self, client: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """One client's own values, one by one, in float32."""
+        return iter(self._replicas.named(client).items())
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every client's values and AdamW state (none before its first step) by name, in float32."""

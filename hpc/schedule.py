@@ -114,10 +114,12 @@ def _whole(train: TrainConfig, evaluate: bool) -> Iterator[Instruction]:
             yield Sync(step=step, clients=clients_of_step(train, step - 1))
         if step and train.save_every and step % train.save_every == 0:
             yield Save(step=step)
-        if evaluate and (step in (0, steps) or (train.eval_every and step % train.eval_every == 0)):
-            if train.hands_over and (stale := tuple(c for c in everyone if c not in current)):
-                yield HandOver(step=step, sender=holder, receivers=stale)
-                current = set(everyone)
+        evaluates = evaluate and (step in (0, steps) or (train.eval_every and step % train.eval_every == 0))
+        stale = tuple(c for c in everyone if c not in current)
+        if train.hands_over and stale and (evaluates or step == steps):  # all of them end with what the run learned
+            yield HandOver(step=step, sender=holder, receivers=stale)
+            current = set(everyone)
+        if evaluates:
             yield Evaluate(step=step)
         if step == steps:
             return

@@ -18,6 +18,7 @@ from hpc.checkpoint import UNNAMED, Attempt
 from hpc.config import Config
 from hpc.early_stopping import majority
 from hpc.errors import PeerLost, ProtocolError
+from hpc.export.wire import send_trunk_adapter
 from hpc.link.channel import Channel
 from hpc.link.frame import NOT_WRITTEN, WOULD_STOP, Frame, Header
 from hpc.link.kinds import Kind
@@ -138,6 +139,8 @@ class Server:
                     self.relay(instruction)
                 case Save():
                     self.save(instruction.step)
+        if self.config.run.save_adapter:
+            send_trunk_adapter(self.side.trunk, self.served)
         self._say_goodbye()
 
     def _say_goodbye(self) -> None:

@@ -5,7 +5,7 @@ Shape suffixes: B rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -187,6 +187,15 @@ class Trunk:
                 whole: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
                 safe_set_full_grad(parameter, torch.zeros(whole, device=self.device))
         self._engine.optimizer.zero_grad()
+
+    @property
+    def names(self) -> list[str]:
+        """What learns, by its name in the uncut model."""
+        return list(self._named)
+
+    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What learns, one by one, in float32, whole on every rank. At ZeRO 1-3 all ranks take each one together."""
+        return ((name, self._full(parameter, "parameter")) for name, parameter in self._named.items())
 
     def state(self) -> dict[str, torch.Tensor]:
         """Trainable parameters and AdamW state by name, in float32, whole on every rank. Collective at ZeRO 1-3."""

@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 LOCAL, TRAIN = str(ROOT / "launch" / "local.py"), str(ROOT / "launch" / "train.py")
+EXPORT = str(ROOT / "launch" / "export.py")
 TINY = ["--config", str(ROOT / "launch" / "recipes" / "tiny.yaml"), "--data.val_examples", "8"]
 
 

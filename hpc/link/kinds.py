@@ -37,3 +37,4 @@ class Kind(IntEnum):
     REORDER = 27  # beam search: which row goes on from which
     FORGET = 28  # the rows are finished
     ENOUGH = 29  # this client generates nothing more for now
+    TRUNK_ADAPTER = 30  # at the end of a run: the names, then tensor by tensor

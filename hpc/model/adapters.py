@@ -62,7 +62,7 @@ def _attach_lora(part: Part, adapter: AdapterConfig, cut: Cut, learning: list[in
 
 
 def _lora_targets(part: Part, adapter: AdapterConfig) -> list[str]:
-    valid = sorted({n.rpartition(".")[2] for n, m in part.blocks.named_modules() if _is_linear(m)})
+    valid = sorted({n.rpartition(".")[2] for n, m in part.blocks.named_modules() if is_linear(m)})
     unknown = [t for t in adapter.target_modules or [] if t not in valid]
     if unknown and part.spec.blocks:
         raise ConfigError(
@@ -72,7 +72,8 @@ def _lora_targets(part: Part, adapter: AdapterConfig) -> list[str]:
     return adapter.target_modules or valid
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether LoRA can be put on this layer."""
     # transformers' Conv1D (gpt2) is a linear layer with its weight transposed; PEFT handles both.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
@@ -107,8 +108,7 @@ class Prefix(nn.Module):
         from peft import PrefixEncoder, PrefixTuningConfig
 
         config = part.model.config
-        self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.kv_heads, self.head_dim = kv_shape(config)
         self.tokens = adapter.num_virtual_tokens
         self.dtype = next(part.model.parameters()).dtype
         width = self.kv_heads * self.head_dim
@@ -155,6 +155,12 @@ class Prefix(nn.Module):
                 cache.update(key_BHPK, value_BHPK, local)
                 local += 1
         return cache
+
+
+def kv_shape(config: Any) -> tuple[int, int]:
+    """Heads of a block's keys and values, and the width of one head."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _repeat(groups_HPK: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hpc.link.identity import ensure_local
 from hpc.report.events import read_events, role_path
-from tests.runs import LOCAL, ROOT, TINY, TRAIN, Finished, clean_environment, local, run_command, torchrun
+from tests.runs import EXPORT, LOCAL, ROOT, TINY, TRAIN, Finished, clean_environment, local, run_command, torchrun
 
 pytestmark = pytest.mark.timeout(240)
 # AdamW forgives any constant factor on a gradient; a large epsilon and a tight clip do not.
@@ -66,6 +68,27 @@ def test_summary_has_what_is_promised(reference: Finished) -> None:
 def test_a_run_leaves_its_files(reference: Finished) -> None:
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "loss.png", "time.png", "tb"):
         assert (reference.folder / name).exists(), name
+
+
+def adapter_of(folder: Path, client: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / f"client-{client}" / "adapter_model.safetensors")
+
+
+def test_the_adapter_is_exported_once(reference: Finished, tmp_path: Path) -> None:
+    command = [sys.executable, EXPORT, str(reference.folder), "--output_dir", str(tmp_path / "out")]
+    exported = run_command(command, tmp_path)
+    assert exported.code == 0, exported.err
+    assert "client-0" in exported.out
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["peft_type"] == "LORA"
+    own = adapter_of(reference.folder)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], value) for name, value in own.items())
+    again = run_command(command, tmp_path)
+    assert again.code == 2
+    (line,) = again.err.splitlines()
+    assert "--output_dir" in line
 
 
 def test_the_uncut_model_beside_the_run_has_the_same_losses(reference: Finished) -> None:
@@ -122,6 +145,8 @@ def test_two_trunk_ranks_and_every_zero_stage(
     assert summary["trunk_ranks"] == 2
     assert_bounds(summary["losses"], losses)
     assert grad_norms(tmp_path) == pytest.approx(grad_norms(reference.folder), rel=1e-4)
+    for client in range(2):  # of either trunk rank
+        torch.testing.assert_close(adapter_of(tmp_path, client), adapter_of(reference.folder), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])

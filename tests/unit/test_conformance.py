@@ -16,7 +16,7 @@ from hpc.schedule import Sync, TrainStep, instructions
 from tests.loopback import run_split
 from tests.unit.test_lost_clients import peers_in
 
-OUTSIDE = {Kind.READY, Kind.PEER_KEY, Kind.BYE, Kind.HANDOVER}
+OUTSIDE = {Kind.READY, Kind.PEER_KEY, Kind.BYE, Kind.HANDOVER, Kind.TRUNK_ADAPTER}
 
 
 @pytest.mark.parametrize(

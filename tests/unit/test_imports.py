@@ -67,10 +67,13 @@ FLOORS = {
     "hpc.redeal": 3,
     "hpc.resume": 3,
     "hpc.saving": 3,
+    "hpc.export": 3,
     # what looks at runs
     "hpc.privacy": 4,
     "hpc.report": 4,
     # what starts them
+    "hpc.export.pick": 5,
+    "hpc.export.command": 5,
     "hpc.baseline": 5,
     "hpc.bench": 5,
     "hpc.cli": 5,

@@ -43,12 +43,12 @@ def test_a_client_uses_its_batches_one_after_another(train: TrainConfig) -> None
         assert batches == list(range(len(batches)))
 
 
-@given(trains)
-def test_whoever_works_or_evaluates_has_the_newest_parts(train: TrainConfig) -> None:
+@given(trains, st.booleans())
+def test_whoever_works_evaluates_or_ends_has_the_newest_parts(train: TrainConfig, evaluate: bool) -> None:
     """Follow the parts by version number, as a client without the newest one would train something else."""
     version = dict.fromkeys(range(train.clients), 0)
     newest = 0
-    for instruction in instructions(train, evaluate=True):
+    for instruction in instructions(train, evaluate=evaluate):
         match instruction:
             case HandOver():
                 assert version[instruction.sender] == newest
@@ -61,6 +61,8 @@ def test_whoever_works_or_evaluates_has_the_newest_parts(train: TrainConfig) -> 
                 version[client] = newest
             case Evaluate():
                 assert set(version.values()) == {newest}
+    if train.hands_over:  # else each keeps its own, or all are averaged
+        assert set(version.values()) == {newest}
 
 
 def test_serial_by_hand() -> None:
@@ -75,6 +77,7 @@ def test_serial_by_hand() -> None:
         ("HandOver", (1,)),
         ("TrainStep", (1,)),
         ("TrainStep", (1,)),
+        ("HandOver", (0,)),
     ]
 
 
