@@ -68,7 +68,7 @@ def serve(config: Config, place: Place, clients: Sequence[int], trained: str | N
         builder = ModelBuilder.of(config)
         part = builder.part("trunk")
         if trained is not None:
-            take_up([part], trained, "trunk", clients=clients)
+            take_up([part], trained, role="trunk", client=clients[0])
         device = device_of(config, place)
         part.to(device).eval()
         served = Served(
@@ -100,7 +100,7 @@ def asking(config: Config, place: Place, trained: str | None) -> Iterator[Contin
         builder = ModelBuilder.of(config)
         head, tail = builder.client_parts()
         if trained is not None:
-            take_up([head, tail], trained, place.name)
+            take_up([head, tail], trained, role=place.name, client=place.index)
         device = device_of(config, place)
         link = SteadyLink(channels[0], client_id=place.index, device=device)
         chains = SplitChains(head.to(device).eval(), tail.to(device).eval(), link)
