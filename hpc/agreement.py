@@ -48,6 +48,7 @@ def agreement(config: Config) -> dict[str, str]:
     agreed["data.evaluate_by"] = config.data.evaluate_by if config.data.evaluates else "nothing"
     agreed["data.longest_row"] = str(config.data.longest_row)
     agreed["run.save_adapter"] = str(config.run.save_adapter)
+    agreed["trunk.quantization"] = config.trunk.quantization
     agreed["trunk.smashed_cache_mib"] = str(config.trunk.smashed_cache_mib)
     return agreed
 

@@ -181,6 +181,8 @@ class TrunkConfig:
     """Trunk ranks (data parallel); client k belongs to trunk rank k modulo ranks."""
     deepspeed: Optional[str] = None
     """DeepSpeed JSON file (ZeRO stage, offload); none: stage 0."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Hold the trunk's frozen linear layers in 8 bits (LLM.int8()) or 4 (QLoRA's NF4), by bitsandbytes."""
     activation_checkpointing: bool = False
     """Recompute the trunk's activations in the backward pass instead of keeping them."""
     replica_limit_gib: float = 16.0
@@ -257,6 +259,11 @@ class Config:
             not (self.trunk.activation_checkpointing and self.adapter.method == "p_tuning_v2"),
             "--trunk.activation_checkpointing does not work with --adapter.method p_tuning_v2: "
             "a prefix lives in the key-value cache, which recomputation would fill twice; use lora, or switch it off",
+        )
+        require(
+            self.trunk.quantization == "none" or self.adapter.method != "full" or "trunk" not in self.adapter.parts,
+            f"--trunk.quantization {self.trunk.quantization} is for a frozen trunk, but --adapter.method full trains "
+            "its weights; use lora or p_tuning_v2, or leave trunk out of --adapter.parts",
         )
         require(
             self.trunk.ranks <= self.train.clients or self.train.schedule == "centralised",

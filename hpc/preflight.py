@@ -13,6 +13,7 @@ from hpc.agreement import lasting_agreement
 from hpc.config import Config
 from hpc.data.examples import held_out_examples, training_examples
 from hpc.errors import ConfigError
+from hpc.quantizer import require_quantizer
 from hpc.schedule import total_steps
 from hpc.source.cut import Cut, PartKind
 from hpc.source.resolve import cut_of, read_config, resolve
@@ -28,6 +29,7 @@ def check(config: Config, *, coordinates: bool = True) -> None:
     """
     check_output(config, coordinates=coordinates)
     check_model(config)
+    require_quantizer(config.trunk.quantization)
     stage = zero_stage(read_deepspeed_json(config.trunk.deepspeed))
     _check_zero(config, stage)
     if stage == 3 and "trunk" not in config.adapter.parts and config.train.schedule != "replica":
@@ -62,6 +64,11 @@ def _check_zero(config: Config, stage: int) -> None:
         raise ConfigError(
             f"{flags}, which with --train.schedule replica partitions the frozen base, but with --adapter.method full "
             "there is none; use lora or p_tuning_v2, or leave the file out"
+        )
+    if config.trunk.quantization == "int8" and stage == 3:
+        raise ConfigError(
+            f"{flags}, which partitions the weights; with --trunk.quantization int8 every rank keeps them whole, so "
+            "nothing would be saved. Use --trunk.quantization nf4, or a lower stage"
         )
     if config.train.schedule == "pipelined" and stage == 3:
         raise ConfigError(

@@ -28,7 +28,7 @@ def prepare_process(config: Config, place: Place) -> None:
     else:
         torch.cuda.set_device(device)
     logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s {place.name}: %(message)s", stream=sys.stderr)
-    for name in ("deepspeed", "DeepSpeed", "transformers", "torch.distributed"):
+    for name in ("deepspeed", "DeepSpeed", "transformers", "torch.distributed", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -14,6 +14,7 @@ from hpc.config import Config
 from hpc.extensions import load_operator
 from hpc.model.memory import Memory
 from hpc.model.part import Part
+from hpc.model.quantize import count_weights
 from hpc.model.replicas import Replicas
 from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
 from hpc.quiet import quiet
@@ -61,7 +62,7 @@ class ReplicaTrunk:
         self._replicas = Replicas(part, clients, device=device)
         self.learns = bool(self._replicas.names)
         self.trainable = self._replicas.values_KN.numel()
-        self.owned = sum(p.numel() for p in part.parameters()) + self.trainable
+        self.owned = count_weights(part.parameters()) + self.trainable
         self._rows = {client: self._replicas.row(client) for client in clients} if self.learns else {}
         self._optimisers = {client: make_adamw([row], config.train) for client, row in self._rows.items()}
         self._out: torch.Tensor | None = None

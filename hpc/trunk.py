@@ -15,6 +15,7 @@ from hpc.config import Config
 from hpc.extensions import load_operator
 from hpc.model.memory import Memory
 from hpc.model.part import Part
+from hpc.model.quantize import count_weights
 from hpc.optim import make_adamw, scale_gradients, set_learning_rate, square_sum
 from hpc.quiet import quiet
 from hpc.trunk_config import read_deepspeed_json, zero_stage
@@ -44,7 +45,7 @@ class Trunk:
         settings = read_deepspeed_json(config.trunk.deepspeed)
         self.stage = zero_stage(settings)
         # Counted now: ZeRO 3 leaves an empty shell where each partitioned parameter was.
-        self.owned = sum(p.numel() for p in part.parameters())
+        self.owned = count_weights(part.parameters())
         self.trainable = sum(p.numel() for p in self.parameters)
         if self.learns:
             self._engine = self._initialise(settings)

@@ -110,7 +110,7 @@ class Prefix(nn.Module):
         config = part.model.config
         self.kv_heads, self.head_dim = kv_shape(config)
         self.tokens = adapter.num_virtual_tokens
-        self.dtype = next(part.model.parameters()).dtype
+        self.dtype = part.model.dtype  # of its first floating-point parameter: quantised ones are integers
         width = self.kv_heads * self.head_dim
         self.encoders = nn.ModuleDict()
         for kind, first, last in _sections(part, cut):

@@ -11,6 +11,7 @@ from hpc.config import Config
 from hpc.model.adapters import attach_adapter
 from hpc.model.part import Part
 from hpc.model.pretrained import load_hf_config
+from hpc.model.quantize import count_weights, quantize_part
 from hpc.model.split import build_part
 from hpc.model.weights import WeightSource
 from hpc.source.cut import Cut, PartKind
@@ -54,6 +55,7 @@ class ModelBuilder:
     def part(self, kind: PartKind) -> Part:
         """One part on the CPU, with the adapter that the configuration asks for."""
         part = build_part(self.hf_config, self.cut.part(kind), self.source, dtype=self.dtype)
+        quantize_part(part, self.config.trunk.quantization, self.cut)
         attach_adapter(part, self.config.adapter, self.cut, self.config.train.seed)
         return part
 
@@ -70,6 +72,6 @@ class ModelBuilder:
 def count_parameters(part: torch.nn.Module) -> dict[str, int]:
     """Values held and values that learn."""
     return {
-        "owned": sum(p.numel() for p in part.parameters()),
+        "owned": count_weights(part.parameters()),
         "trainable": sum(p.numel() for p in part.parameters() if p.requires_grad),
     }

@@ -23,6 +23,7 @@ FLOORS = {
     "hpc.train_config": 1,
     "hpc.link.kinds": 1,
     "hpc.trunk_config": 1,
+    "hpc.quantizer": 1,
     "hpc.ragged": 1,
     "hpc.stopwatch": 1,
     "hpc.quiet": 1,
@@ -99,6 +100,7 @@ NO_TORCH = {
     "hpc.train_config",
     "hpc.link.kinds",
     "hpc.trunk_config",
+    "hpc.quantizer",
     "hpc.report.events",
     "hpc.report.provenance",
 }
