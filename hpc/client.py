@@ -21,6 +21,7 @@ from hpc.data.dataset import ClientData, score_eval
 from hpc.early_stopping import Patience
 from hpc.errors import ProtocolError
 from hpc.export.save import save_client_adapter
+from hpc.layouts import layout_numbers
 from hpc.learner import Learner
 from hpc.link.channel import Channel
 from hpc.link.frame import NOT_WRITTEN, WOULD_STOP, Header
@@ -77,7 +78,7 @@ class Client:
         self._eval_batches = data.eval_batches(config.train.eval_batch_size)
 
     def _make_side(self) -> ClientSide:
-        config, hidden_size = self.config, int(self.head.model.config.hidden_size)
+        config, hidden_size = self.config, self.head.hidden_size
         dtype: torch.dtype = getattr(torch, config.model.dtype)
         share = config.trunk.smashed_cache_bytes // config.train.clients
         return ClientSide(
@@ -212,10 +213,18 @@ class Client:
         correct = total = label_tokens = 0
         losses = []
         for batch in self._eval_batches:
-            self.link.send_rows(Kind.EVAL_SMASHED, step, self.head(batch.ids_BT.to(self.device)), batch.lengths)
+            layout_B2 = self.head.layout_of(batch.ids_BT)
+            self.link.send_rows(
+                Kind.EVAL_SMASHED,
+                step,
+                self.head(batch.ids_BT.to(self.device)),
+                batch.lengths,
+                layout=layout_numbers(layout_B2),
+            )
             reply = self.link.recv(Kind.EVAL_TRUNK_OUT, step)
             labels, _ = self.side.labels(batch)
-            score = score_eval(batch, self.tail(pad(reply.payload, batch.lengths), labels).float().cpu())
+            logits_LV = self.tail(pad(reply.payload, batch.lengths), labels, layout_B2).float().cpu()
+            score = score_eval(batch, logits_LV)
             correct, total = correct + score.correct, total + score.total
             label_tokens += score.label_tokens
             losses.append(score.loss_sum)

@@ -15,6 +15,7 @@ from hpc.client_side import ClientSide
 from hpc.contribution import MaskedContribution
 from hpc.data.collate import Batch, in_pieces
 from hpc.errors import NonFinite
+from hpc.layouts import layout_numbers
 from hpc.learner import seed_dropout, tail_loss_sum
 from hpc.link.frame import LEFT_OUT, LOSS_NOT_FINITE, Header
 from hpc.link.kinds import Kind
@@ -38,6 +39,7 @@ class ClientStepRun:
             starts = [sum(sizes[:index]) for index in range(len(sizes))]
             self._rows = [list(rows[first : first + size]) for first, size in zip(starts, sizes, strict=True)]
         self._smashed: dict[int, torch.Tensor] = {}
+        self._layouts: dict[int, torch.Tensor | None] = {}  # see `Part.layout_of`
         self._to_send: dict[int, list[int]] = {}  # rows of a piece that the server's cache lacks
         self._grads: dict[int, tuple[torch.Tensor, bool]] = {}
         self._trunk_out: dict[int, tuple[torch.Tensor, float, float]] = {}
@@ -77,6 +79,7 @@ class ClientStepRun:
             held = book.enter(self._rows[index], piece.lengths)
             wanted = [row for row, here in enumerate(held) if not here]
         self._to_send[index] = wanted
+        self._layouts[index] = self._side.head.layout_of(piece.ids_BT)
         if not wanted:
             self._smashed[index] = torch.empty(0, 1, self._side.hidden_size, dtype=self._side.dtype)
             return
@@ -91,7 +94,7 @@ class ClientStepRun:
         side, piece = self._side, self._pieces[micro.piece]
         trunk_out_BTD, scale, divisor = self._trunk_out.pop(micro.piece)
         self._seed("tail", micro)
-        loss_sum = tail_loss_sum(side.tail, trunk_out_BTD, *side.labels(piece))
+        loss_sum = tail_loss_sum(side.tail, trunk_out_BTD, *side.labels(piece), self._layouts[micro.piece])
         # The divisor is the same for all clients in this step, so gradients just add up.
         (loss_sum * scale / divisor).backward()
         loss = float(loss_sum.detach())
@@ -127,7 +130,14 @@ class ClientStepRun:
         sent = [piece.lengths[row] for row in self._to_send.pop(index)]
         weight = float(piece.label_tokens)
         self._side.link.send_rows(
-            Kind.SMASHED, self._order.step, smashed_BTD, piece.lengths, micro=index, weight=weight, sent=sent
+            Kind.SMASHED,
+            self._order.step,
+            smashed_BTD,
+            piece.lengths,
+            micro=index,
+            weight=weight,
+            sent=sent,
+            layout=layout_numbers(self._layouts[index]),
         )
 
     def _send_gradient(self) -> None:

@@ -79,6 +79,7 @@ def serve(config: Config, place: Place, clients: Sequence[int], trained: str | N
             dtype=builder.dtype,
             log=EventLog(os.devnull),  # there is no run to report on
             asked=True,
+            described=part.needs_layout,
         )
         context = context_of(builder.hf_config) or UNLIMITED
         ServedDecoding(served, PlainTrunk(part), context=context).serve(clients)

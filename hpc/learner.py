@@ -102,9 +102,15 @@ class Learner:
                 }
 
 
-def tail_loss_sum(tail: Part, inputs: torch.Tensor, labels: LabelPositions, label_ids_L: torch.Tensor) -> torch.Tensor:
+def tail_loss_sum(
+    tail: Part,
+    inputs: torch.Tensor,
+    labels: LabelPositions,
+    label_ids_L: torch.Tensor,
+    layout_B2: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Cross-entropy summed over the label tokens (nats), in float32; the LM head runs at label positions only."""
-    logits_LV = tail(inputs, labels).float()
+    logits_LV = tail(inputs, labels, layout_B2).float()
     return torch.nn.functional.cross_entropy(logits_LV, label_ids_L, reduction="sum")
 
 

@@ -32,7 +32,9 @@ class ReplicaStep(ServedStep):
     def _run_forward(self, batch: tuple[Micro, ...], smashed_BTD: torch.Tensor) -> torch.Tensor:
         replicas, learns = self._side.replicas, self._side.traits.head_learns
         groups = self._groups(batch) or replicas.idle_groups()
-        return replicas.forward(smashed_BTD, groups, input_learns=learns) if groups else smashed_BTD
+        if not groups:
+            return smashed_BTD
+        return replicas.forward(smashed_BTD, groups, input_learns=learns, layout_B2=self._layout(batch))
 
     def _run_backward(self, batch: tuple[Micro, ...], grad_BTD: torch.Tensor) -> torch.Tensor | None:
         idle = not batch and not self._side.replicas.idle_groups()

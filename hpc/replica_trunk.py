@@ -75,14 +75,19 @@ class ReplicaTrunk:
             partition_base(part, settings)
 
     def forward(
-        self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]], *, input_learns: bool
+        self,
+        smashed_BTD: torch.Tensor,
+        groups: Sequence[tuple[int, int]],
+        *,
+        input_learns: bool,
+        layout_B2: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`trunk_out_BTD`, detached. `groups` are (client id, number of rows) in the order of the rows.
 
         With `input_learns`, `backward` also gives the gradient of the input. Raises as `Replicas.forward` does.
         """
         self._smashed = smashed_BTD.detach().requires_grad_(input_learns)
-        self._out = self._replicas.forward(self._smashed, groups)
+        self._out = self._replicas.forward(self._smashed, groups, layout_B2)
         return self._out.detach()
 
     def idle_groups(self) -> list[tuple[int, int]]:
@@ -90,13 +95,15 @@ class ReplicaTrunk:
         return [(self._clients[0], 1)] if self.partitioned else []
 
     @torch.no_grad()
-    def infer(self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def infer(
+        self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]], layout_B2: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`trunk_out_BTD` for evaluation; keeps nothing for a backward pass."""
-        return self._replicas.forward(smashed_BTD, groups)
+        return self._replicas.forward(smashed_BTD, groups, layout_B2)
 
-    def remember(self, client: int, rows: int) -> Memory:
+    def remember(self, client: int, rows: int, layout_B2: torch.Tensor | None = None) -> Memory:
         """An empty memory for a client's rows, with the prefixes of its replica: generation."""
-        return self._replicas.remember(client, rows)
+        return self._replicas.remember(client, rows, layout_B2)
 
     def extend(self, client: int, smashed_BTD: torch.Tensor, memory: Memory, mask_BT: torch.Tensor) -> torch.Tensor:
         """Continue a client's rows with its replica. Not collective, so not with a partitioned base."""

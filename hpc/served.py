@@ -24,6 +24,7 @@ from hpc.report.events import EventLog
 
 HIDDEN_STATES = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT, Kind.EVAL_SMASHED)
 TRAINED = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT)
+TOLD = (Kind.SMASHED, Kind.EVAL_SMASHED)  # of these, what a model's positions depend on is told
 
 _GRACE_S = 0.2  # for the last words to a client that is given up
 
@@ -43,10 +44,14 @@ class Served:
         dtype: torch.dtype,
         log: EventLog,
         asked: bool = False,
+        described: bool = False,
     ) -> None:
-        """`asked`: clients ask for what they want when they want it, and one that is lost harms no other."""
+        """`asked`: clients ask for what they want when they want it, and one that is lost harms no other.
+
+        `described`: frames must tell their rows' layout (`Part.needs_layout`).
+        """
         self.channels, self.device, self.log = channels, device, log
-        self.hidden_size, self.dtype = hidden_size, dtype
+        self.hidden_size, self.dtype, self._described = hidden_size, dtype, described
         self.lost: set[int] = set()
         self._spares_clients = config.train.min_clients > 0 or asked
         self._pieces = split_rows(config.train.per_client_batch_size, config.train.resolved_micro_batches)
@@ -169,8 +174,20 @@ class Served:
                 f"{who} sent {name} of {header.shape}, {header.dtype}; due: "
                 f"{(sum(header.lengths), self.hidden_size)}, {self.dtype}"
             )
+        if header.kind in TOLD:
+            self.check_layout(header, who)
         if header.kind in TRAINED:
             self._check_batch(header, due.micro, who)
+
+    def check_layout(self, header: Header, who: str) -> None:
+        """Raise ProtocolError unless the rows' layout is told where the model needs it, and lies within the rows."""
+        pairs = list(zip(header.layout[0::2], header.layout[1::2], strict=True))
+        inside = all(mask <= context < n for (mask, context), n in zip(pairs, header.lengths, strict=False))
+        if bool(pairs) != self._described or not inside:
+            raise ProtocolError(
+                f"{who} sent {header.kind.name} with a layout of {pairs} for rows of {header.lengths} tokens; due: "
+                + ("two places inside of each row, the first no later" if self._described else "none")
+            )
 
     def _check_batch(self, header: Header, micro: Micro, who: str) -> None:
         rows = self._pieces[micro.piece]

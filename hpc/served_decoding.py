@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from hpc.errors import LinkError, ProtocolError
+from hpc.layouts import layout_tensor
 from hpc.link.frame import Frame, Header
 from hpc.link.kinds import Kind
 from hpc.model.memory import Memory
@@ -25,7 +26,7 @@ MAX_CHAINS = 4  # of one client at a time: a client must not fill the trunk's me
 class Continuing(Protocol):
     """A trunk that can continue a client's rows."""
 
-    def remember(self, client: int, rows: int) -> Memory: ...
+    def remember(self, client: int, rows: int, layout_B2: torch.Tensor | None = None) -> Memory: ...
 
     def extend(self, client: int, smashed_BTD: torch.Tensor, memory: Memory, mask_BT: torch.Tensor) -> torch.Tensor: ...
 
@@ -36,8 +37,8 @@ class PlainTrunk:
     def __init__(self, part: Part) -> None:
         self.part = part
 
-    def remember(self, client: int, rows: int) -> Memory:
-        return self.part.remember(rows)
+    def remember(self, client: int, rows: int, layout_B2: torch.Tensor | None = None) -> Memory:
+        return self.part.remember(rows, layout_B2)
 
     def extend(self, client: int, smashed_BTD: torch.Tensor, memory: Memory, mask_BT: torch.Tensor) -> torch.Tensor:
         return self.part.extend(smashed_BTD, memory, mask_BT)
@@ -79,7 +80,7 @@ class ServedDecoding:
         header, key = frame.header, (client, frame.header.micro)
         self._check(client, header)
         if key not in self._memories:
-            self._memories[key] = self._trunk.remember(client, len(header.lengths))
+            self._memories[key] = self._trunk.remember(client, len(header.lengths), layout_tensor([header]))
         mask_BT = left_mask(header.lengths)
         smashed_BTD = pad_masked(frame.payload, mask_BT)
         out_BTD = self._trunk.extend(client, smashed_BTD, self._memories[key], mask_BT)
@@ -95,6 +96,8 @@ class ServedDecoding:
                 f"{self._served.dtype}, each row with a token"
             )
         memory = self._memories.get((client, header.micro))
+        if memory is None:
+            self._served.check_layout(header, who)
         if memory is None and sum(owner == client for owner, _ in self._memories) >= MAX_CHAINS:
             raise ProtocolError(f"{who} begins more than {MAX_CHAINS} batches of rows at a time")
         if memory is not None and (len(lengths) != memory.rows or len(set(lengths)) > 1):

@@ -19,6 +19,7 @@ from hpc.config import Config
 from hpc.early_stopping import majority
 from hpc.errors import PeerLost, ProtocolError
 from hpc.export.wire import send_trunk_adapter
+from hpc.layouts import layout_tensor
 from hpc.link.channel import Channel
 from hpc.link.frame import NOT_WRITTEN, WOULD_STOP, Frame, Header
 from hpc.link.kinds import Kind
@@ -65,7 +66,13 @@ class Server:
         self.train, self.channels, self.group = config.train, channels, group
         self.loss_scale = LossScale.for_dtype(config.model.dtype)
         self.served = Served(
-            config=config, channels=channels, device=trunk.device, hidden_size=hidden_size, dtype=dtype, log=log
+            config=config,
+            channels=channels,
+            device=trunk.device,
+            hidden_size=hidden_size,
+            dtype=dtype,
+            log=log,
+            described=trunk.part.needs_layout,
         )
         share = config.trunk.smashed_cache_bytes // config.train.clients
         self.side = ServerSide(
@@ -184,18 +191,21 @@ class Server:
             packed = [frame.payload for frame in frames.values()]
             smashed_BTD = pad(torch.cat(packed), lengths) if packed else self.side.zero_BTD
             groups = tuple((client, len(frame.header.lengths)) for client, frame in frames.items())
-            trunk_out_BTD = self._infer(smashed_BTD, groups)
+            layout_B2 = layout_tensor(frame.header for frame in frames.values())
+            trunk_out_BTD = self._infer(smashed_BTD, groups, layout_B2)
             self._send_evaluated(frames, order.step, trunk_out_BTD)
         if self.config.data.decodes:
             decoding = ServedDecoding(self.served, self.side.trunk, context=self.config.data.longest_row)
             decoding.serve(self.served.present(self.channels))
         self.side.trunk.part.train()
 
-    def _infer(self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def _infer(
+        self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]], layout_B2: torch.Tensor | None
+    ) -> torch.Tensor:
         if isinstance(self.side.trunk, Trunk):
-            return self.side.trunk.infer(smashed_BTD)
+            return self.side.trunk.infer(smashed_BTD, layout_B2)
         groups = groups or self.side.trunk.idle_groups()
-        return self.side.trunk.infer(smashed_BTD, groups) if groups else smashed_BTD
+        return self.side.trunk.infer(smashed_BTD, groups, layout_B2) if groups else smashed_BTD
 
     def _send_evaluated(self, frames: dict[int, Frame], step: int, rows_BTD: torch.Tensor) -> None:
         first = 0

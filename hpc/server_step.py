@@ -14,6 +14,7 @@ import torch
 
 from hpc.acts import Backward, Combine, Forward, Lost, Micro, Recv, RecvAny, Send, Step, TrunkAct
 from hpc.errors import LinkError, NonFinite, ProtocolError
+from hpc.layouts import layout_tensor
 from hpc.learner import seed_dropout
 from hpc.link.frame import LOSS_NOT_FINITE, Frame, Header
 from hpc.link.kinds import Kind
@@ -166,6 +167,9 @@ class ServedStep:
             own_BTD = rows_BTD[first : first + len(lengths), : max(lengths)]
             self._out[micro] = pack(own_BTD, lengths).contiguous()
             first += len(lengths)
+
+    def _layout(self, batch: Sequence[Micro]) -> torch.Tensor | None:
+        return layout_tensor([self._headers[micro] for micro in batch])
 
     def _lengths(self, batch: Sequence[Micro]) -> list[int]:
         return [length for micro in batch for length in self._headers[micro].lengths]

@@ -47,7 +47,9 @@ class SharedStep(ServedStep):
         return tokens / self._divisor(-1) if whole and tokens else 0.0
 
     def _run_forward(self, batch: tuple[Micro, ...], smashed_BTD: torch.Tensor) -> torch.Tensor:
-        return self._side.shared.forward(smashed_BTD, batch=batch, input_learns=self._side.traits.head_learns)
+        return self._side.shared.forward(
+            smashed_BTD, batch=batch, input_learns=self._side.traits.head_learns, layout_B2=self._layout(batch)
+        )
 
     def _run_backward(self, batch: tuple[Micro, ...], grad_BTD: torch.Tensor) -> torch.Tensor | None:
         return self._side.shared.backward(grad_BTD, batch=batch)

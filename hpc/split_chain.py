@@ -12,6 +12,7 @@ import torch
 
 from hpc.config import MAX_ROWS
 from hpc.errors import ConfigError, LinkError, ProtocolError
+from hpc.layouts import layout_numbers
 from hpc.link.frame import Header
 from hpc.link.kinds import Kind
 from hpc.model.part import Part
@@ -55,8 +56,9 @@ class SplitChain:
         """`logits_BV` of the last column."""
         smashed_BTD = self._parts.head.extend(ids_BT, self._head, mask_BT)
         lengths = tuple(mask_BT.sum(1).tolist())
-        header = Header(kind=Kind.DECODE, micro=self._number, lengths=lengths)
-        self._open = True
+        layout_B2 = None if self._open else self._head.layout_B2  # of the prompt; it holds for what follows
+        header = Header(kind=Kind.DECODE, micro=self._number, lengths=lengths, layout=layout_numbers(layout_B2))
+        self._open, self._tail.layout_B2 = True, self._head.layout_B2
         self._parts.link.send(header, pack_masked(smashed_BTD, mask_BT))
         packed_SD = self._parts.link.recv(Kind.DECODED, 0, micro=self._number).payload
         if packed_SD.shape != (sum(lengths), smashed_BTD.shape[-1]):

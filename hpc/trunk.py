@@ -28,7 +28,7 @@ class Trunk:
     """The middle blocks of one trunk rank. All trunk ranks call the same methods in the same order."""
 
     def __init__(self, part: Part, config: Config, *, ranks: int, device: torch.device) -> None:
-        self._hidden_size = int(part.model.config.hidden_size)
+        self._hidden_size = part.hidden_size
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         self.part, self.ranks, self.device = part, ranks, device
         self._train = config.train
@@ -74,27 +74,34 @@ class Trunk:
             )
         return engine
 
-    def forward(self, smashed_BTD: torch.Tensor, *, batch: Batch = (), input_learns: bool) -> torch.Tensor:
+    def forward(
+        self,
+        smashed_BTD: torch.Tensor,
+        *,
+        batch: Batch = (),
+        input_learns: bool,
+        layout_B2: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """`trunk_out_BTD`, detached. With `input_learns`, `backward` also gives the gradient of the input.
 
         `batch` names this forward pass for its backward pass, as several may be under way.
         """
         smashed_BTD = smashed_BTD.detach().requires_grad_(input_learns)
         # Accumulation does without the engine's hooks, which would reduce gradients after each micro-batch.
-        out_BTD = (self.part if self._accumulates else self._engine or self.part)(smashed_BTD)
+        out_BTD = (self.part if self._accumulates else self._engine or self.part)(smashed_BTD, layout_B2=layout_B2)
         self._in_flight[batch] = smashed_BTD, out_BTD
         detached: torch.Tensor = out_BTD.detach()
         return detached
 
     @torch.no_grad()
-    def infer(self, smashed_BTD: torch.Tensor, batch: Batch = ()) -> torch.Tensor:
+    def infer(self, smashed_BTD: torch.Tensor, layout_B2: torch.Tensor | None = None) -> torch.Tensor:
         """`trunk_out_BTD` for evaluation; keeps nothing for a backward pass."""
-        out: torch.Tensor = (self._engine or self.part)(smashed_BTD)
+        out: torch.Tensor = (self._engine or self.part)(smashed_BTD, layout_B2=layout_B2)
         return out
 
-    def remember(self, client: int, rows: int) -> Memory:
+    def remember(self, client: int, rows: int, layout_B2: torch.Tensor | None = None) -> Memory:
         """An empty memory for a client's rows: generation."""
-        return self.part.remember(rows)
+        return self.part.remember(rows, layout_B2)
 
     def extend(self, client: int, smashed_BTD: torch.Tensor, memory: Memory, mask_BT: torch.Tensor) -> torch.Tensor:
         """Continue a client's rows. Not collective, so not with partitioned parameters (ZeRO 3)."""

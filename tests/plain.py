@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, get_constant_schedule, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, get_constant_schedule, get_linear_schedule_with_warmup
 
 from hpc.config import Config
 from hpc.data.collate import Batch
@@ -25,11 +25,11 @@ def plain_model(config: Config, builder: ModelBuilder) -> Any:
     """The Hugging Face model with PEFT's own adapter, starting from the project's values."""
     from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
-    model = LlamaForCausalLM.from_pretrained(builder.resolver.name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(builder.resolver.name_or_path)
     start = {name: value.detach() for name, value in builder.part("whole").trainable().items()}
     adapter = config.adapter
     if adapter.method == "lora":
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in start})
         settings = LoraConfig(
             r=adapter.lora_r, lora_alpha=adapter.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
         )

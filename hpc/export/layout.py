@@ -15,8 +15,10 @@ import torch
 
 from hpc.config import AdapterConfig, ModelConfig
 from hpc.export.portable import PARTS
-from hpc.model.adapters import is_linear, kv_shape
+from hpc.model.adapters import default_targets, kv_shape
+from hpc.model.anatomy import Anatomy, is_linear
 from hpc.model.pretrained import load_hf_config
+from hpc.model.split import skeleton, studied
 from hpc.source.cut import Cut, PartKind
 from hpc.source.resolve import cut_of, read_config, resolve
 
@@ -40,10 +42,17 @@ class Layout:
     @cached_property
     def skeleton(self) -> Any:
         """The whole model on the meta device."""
-        from transformers import AutoModelForCausalLM
+        return skeleton(self.hf_config)
 
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.hf_config)
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """Where its blocks are, and what is in them."""
+        return studied(self.skeleton, self.hf_config)
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Heads of a block's keys and values, and values of a head. Raises `ModelError` where blocks differ."""
+        return kv_shape(self.anatomy, type(self.skeleton).__name__)
 
     def blocks(self, kinds: Iterable[PartKind]) -> set[int]:
         """The blocks that learn in these parts."""
@@ -69,7 +78,7 @@ class Layout:
         return found
 
     def _prefix_shapes(self, kinds: Sequence[PartKind]) -> Shapes:
-        heads, head_dim = kv_shape(self.hf_config)
+        heads, head_dim = self.kv_shape
         counts = {kind: len(self.blocks([kind])) for kind in kinds}
         rows, columns = self.adapter.num_virtual_tokens, 2 * heads * head_dim
         return {f"prefix.{kind}": (rows, count * columns) for kind, count in counts.items() if count}
@@ -82,9 +91,9 @@ class Layout:
 
     def lora_layers(self, blocks: set[int]) -> dict[str, tuple[int, int]]:
         """Names of the layers in these blocks that have LoRA → their inputs and outputs."""
-        targets = self.adapter.target_modules
+        targets = self.adapter.target_modules or default_targets(self.anatomy)
         layers = {n: m for n, m in self.skeleton.named_modules() if block_of(n) in blocks and is_linear(m)}
-        return {n: _sizes(m) for n, m in layers.items() if not targets or n.rpartition(".")[2] in targets}
+        return {n: _sizes(m) for n, m in layers.items() if n.rpartition(".")[2] in targets}
 
 
 def _sizes(layer: Any) -> tuple[int, int]:

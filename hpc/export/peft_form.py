@@ -12,7 +12,6 @@ import torch
 
 from hpc.export.layout import Layout
 from hpc.export.portable import PARTS
-from hpc.model.adapters import kv_shape
 
 TABLE = "prompt_embeddings"  # PEFT's key
 
@@ -57,7 +56,7 @@ def _block_list(layer: str) -> str:
 def _prefix_config(layout: Layout, common: Mapping[str, Any]) -> Any:
     from peft import PrefixTuningConfig
 
-    heads, head_dim = kv_shape(layout.hf_config)  # of keys and values, as PEFT counts them for grouped queries
+    heads, head_dim = layout.kv_shape  # of keys and values, as PEFT counts them for grouped queries
     return PrefixTuningConfig(
         num_virtual_tokens=layout.adapter.num_virtual_tokens,
         num_layers=layout.cut.blocks,

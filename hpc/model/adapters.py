@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from hpc.config import AdapterConfig
-from hpc.errors import ConfigError
+from hpc.errors import ConfigError, ModelError
+from hpc.model.anatomy import Anatomy, is_linear
 from hpc.model.part import Part
 from hpc.source.cut import Cut, PartKind
 
@@ -27,7 +28,7 @@ def attach_adapter(part: Part, adapter: AdapterConfig, cut: Cut, seed: int) -> N
     """
     if adapter.method == "p_tuning_v2":
         # In every part, prefixed or not: PEFT counts positions from the end of the prefix.
-        part.position_offset = adapter.num_virtual_tokens
+        part.position_offset = 0 if part.needs_layout else adapter.num_virtual_tokens
     learning = [b for b in range(part.spec.first, part.spec.last) if cut.kind_of_block(b) in adapter.parts]
     {"lora": _attach_lora, "p_tuning_v2": _attach_prefix, "full": _unfreeze}[adapter.method](
         part, adapter, cut, learning, seed
@@ -36,7 +37,7 @@ def attach_adapter(part: Part, adapter: AdapterConfig, cut: Cut, seed: int) -> N
 
 def _attach_lora(part: Part, adapter: AdapterConfig, cut: Cut, learning: list[int], seed: int) -> None:
     targets = _lora_targets(part, adapter)
-    if not learning:
+    if not _any_target(part, targets, learning):
         return
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -62,20 +63,20 @@ def _attach_lora(part: Part, adapter: AdapterConfig, cut: Cut, learning: list[in
 
 
 def _lora_targets(part: Part, adapter: AdapterConfig) -> list[str]:
-    valid = sorted({n.rpartition(".")[2] for n, m in part.blocks.named_modules() if is_linear(m)})
+    """Valid in any block of the whole model: a part may hold only blocks without experts, or only blocks with them."""
+    valid = part.anatomy.linear_names
     unknown = [t for t in adapter.target_modules or [] if t not in valid]
-    if unknown and part.spec.blocks:
+    if unknown:
         raise ConfigError(
             f"--adapter.target_modules names {', '.join(unknown)}, which this model does not have; "
-            f"valid: {', '.join(valid)}"
+            f"valid: {', '.join(sorted(valid))}"
         )
-    return adapter.target_modules or valid
+    return adapter.target_modules or default_targets(part.anatomy)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether LoRA can be put on this layer."""
-    # transformers' Conv1D (gpt2) is a linear layer with its weight transposed; PEFT handles both.
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def _any_target(part: Part, targets: list[str], learning: list[int]) -> bool:
+    blocks = [part.blocks[block - part.spec.first] for block in learning]
+    return any(is_linear(m) and n.rpartition(".")[2] in targets for b in blocks for n, m in b.named_modules())
 
 
 def _attach_prefix(part: Part, adapter: AdapterConfig, cut: Cut, learning: list[int], seed: int) -> None:
@@ -107,8 +108,7 @@ class Prefix(nn.Module):
         super().__init__()
         from peft import PrefixEncoder, PrefixTuningConfig
 
-        config = part.model.config
-        self.kv_heads, self.head_dim = kv_shape(config)
+        self.kv_heads, self.head_dim = kv_shape(part.anatomy, type(part.model).__name__)
         self.tokens = adapter.num_virtual_tokens
         self.dtype = part.model.dtype  # of its first floating-point parameter: quantised ones are integers
         width = self.kv_heads * self.head_dim
@@ -123,7 +123,7 @@ class Prefix(nn.Module):
                     num_attention_heads=self.kv_heads,
                     num_transformer_submodules=1,
                     prefix_projection=adapter.prefix_projection,
-                    encoder_hidden_size=config.hidden_size,
+                    encoder_hidden_size=part.hidden_size,
                 )
             )
             _start_encoder(encoder, kind, first, last, 2 * width, seed)
@@ -157,10 +157,20 @@ class Prefix(nn.Module):
         return cache
 
 
-def kv_shape(config: Any) -> tuple[int, int]:
-    """Heads of a block's keys and values, and the width of one head."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def kv_shape(anatomy: Anatomy, name: str) -> tuple[int, int]:
+    """KV heads and values per head. Raises `ModelError` where a prefix of keys and values does not fit the blocks."""
+    shape, *others = set(anatomy.kv_shapes)
+    if others or shape is None or shape[1] != shape[2]:
+        raise ModelError(
+            f"--adapter.method p_tuning_v2 does not fit {name}: its blocks do not all cache keys and values of one "
+            "shape; use lora"
+        )
+    return shape[:2]
+
+
+def default_targets(anatomy: Anatomy) -> list[str]:
+    """Layers that get LoRA unless others are named: the linear ones of the blocks, but for routed experts."""
+    return sorted(anatomy.linear_names - anatomy.routed_names)
 
 
 def _repeat(groups_HPK: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:

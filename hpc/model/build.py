@@ -50,7 +50,7 @@ class ModelBuilder:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.hf_config.hidden_size)
+        return int(self.hf_config.get_text_config().hidden_size)
 
     def part(self, kind: PartKind) -> Part:
         """One part on the CPU, with the adapter that the configuration asks for."""
@@ -62,7 +62,7 @@ class ModelBuilder:
     def client_parts(self) -> tuple[Part, Part]:
         """Head and tail. A tied embedding and LM head are one tensor, trained or not: both are on this client."""
         head, tail = self.part("head"), self.part("tail")
-        if self.hf_config.tie_word_embeddings:
+        if head.tied:
             shared = head.model.get_input_embeddings().weight
             shared.requires_grad_(shared.requires_grad or tail.model.get_output_embeddings().weight.requires_grad)
             tail.model.get_output_embeddings().weight = shared

@@ -17,6 +17,7 @@ class Memory:
     def __init__(self, cache: Any, *, rows: int, prefix_tokens: int, position_offset: int) -> None:
         """`cache`: a transformers `Cache` that holds `prefix_tokens` columns; tokens count from `position_offset`."""
         self.cache, self._offset = cache, position_offset
+        self.layout_B2: torch.Tensor | None = None  # see `Part.layout_of`
         self._prefix_BP = torch.ones(rows, prefix_tokens, dtype=torch.int64)
         self._mask_BC = torch.ones(rows, 0, dtype=torch.int64)
 
@@ -38,4 +39,7 @@ class Memory:
     def reorder(self, rows_B: torch.Tensor) -> None:
         """Row b goes on from what row `rows_B[b]` was: beam search."""
         self.cache.reorder_cache(rows_B)
-        self._mask_BC = self._mask_BC[rows_B.to(self._mask_BC.device)]
+        rows_B = rows_B.to(self._mask_BC.device)
+        self._mask_BC = self._mask_BC[rows_B]
+        if self.layout_B2 is not None:
+            self.layout_B2 = self.layout_B2[rows_B.to(self.layout_B2.device)]

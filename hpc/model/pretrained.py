@@ -15,9 +15,13 @@ def load_hf_config(resolver: FileResolver) -> Any:
     try:
         config = AutoConfig.from_pretrained(resolver.name_or_path, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{resolver} brings modelling code of its own (auto_map in its config.json) for a model that "
+                "transformers does not know; such code is never run. Give a model that transformers has"
+            ) from None
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(f"{resolver} is not a model that transformers knows: {first_line}") from None
-    config._attn_implementation = "sdpa"
     return config
 
 

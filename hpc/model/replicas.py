@@ -232,7 +232,9 @@ class Replicas:
             for (name, shape), section in zip(self._shapes.items(), sections, strict=True)
         }
 
-    def forward(self, hidden_BTD: torch.Tensor, groups: Sequence[tuple[int, int]]) -> torch.Tensor:
+    def forward(
+        self, hidden_BTD: torch.Tensor, groups: Sequence[tuple[int, int]], layout_B2: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`out_BTD`. `groups` are (client id, number of rows) in the order of the rows.
 
         Raises `KeyError` for a client of another rank, `ValueError` if the groups are not exactly the rows.
@@ -241,20 +243,23 @@ class Replicas:
         if sum(sizes) != len(hidden_BTD) or min(sizes, default=0) < 1:
             raise ValueError(f"groups of {sizes} rows for a batch of {len(hidden_BTD)}")
         if self._whole is None:
-            return self._run(hidden_BTD, owners, sizes)
-        passes = zip(hidden_BTD.split(sizes), owners, sizes, strict=True)
-        return torch.cat([self._run(rows_BTD, [owner], [size]) for rows_BTD, owner, size in passes])
+            return self._run(hidden_BTD, owners, sizes, layout_B2)
+        layouts = [None] * len(sizes) if layout_B2 is None else layout_B2.split(sizes)
+        passes = zip(hidden_BTD.split(sizes), owners, sizes, layouts, strict=True)
+        return torch.cat([self._run(rows_BTD, [owner], [size], told) for rows_BTD, owner, size, told in passes])
 
-    def _run(self, hidden_BTD: torch.Tensor, owners: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    def _run(
+        self, hidden_BTD: torch.Tensor, owners: Sequence[int], sizes: Sequence[int], layout_B2: torch.Tensor | None
+    ) -> torch.Tensor:
         with self._during(Grouping.of(owners, sizes, hidden_BTD.shape[1])):
-            out_BTD: torch.Tensor = self.part(hidden_BTD)
+            out_BTD: torch.Tensor = self.part(hidden_BTD, layout_B2=layout_B2)
         return out_BTD
 
     @torch.no_grad()
-    def remember(self, client: int, rows: int) -> Memory:
+    def remember(self, client: int, rows: int, layout_B2: torch.Tensor | None = None) -> Memory:
         """An empty memory for rows of this client, holding its prefixes."""
         with self._during(Grouping.of([self._index[client]], [rows], 1)):
-            return self.part.remember(rows)
+            return self.part.remember(rows, layout_B2)
 
     @torch.no_grad()
     def extend(self, client: int, hidden_BTD: torch.Tensor, memory: Memory, mask_BT: torch.Tensor) -> torch.Tensor:

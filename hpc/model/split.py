@@ -8,6 +8,7 @@ families compute something from `layer_idx` while constructing, and would silent
 from __future__ import annotations
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -15,143 +16,179 @@ import torch
 from torch import nn
 
 from hpc.errors import ModelError
-from hpc.model.part import Absent, Part, PassThrough
+from hpc.model.anatomy import Anatomy, study
+from hpc.model.conversion import ConvertedSource
+from hpc.model.part import Part
+from hpc.model.stand_ins import Absent, NoEmbedding, PassThrough
 from hpc.model.weights import WeightSource
 from hpc.source.cut import PartSpec
 
 PER_LAYER_LISTS = ("layer_types", "mlp_layer_types", "per_layer_config")
 INDEX_NAMES = ("layer_idx", "layer_id")
+EMBEDDING_DROPOUTS = ("dropout", "embedding_dropout")  # of stacks that call it as a function
 
 
 def build_part(config: Any, spec: PartSpec, source: WeightSource, *, dtype: torch.dtype) -> Part:
     """The part `spec` of the model that `config` (a `PretrainedConfig`) describes, loaded in `dtype` on the CPU.
 
-    Raises `ModelError` if the architecture has no block list, or the source lacks a tensor.
+    Raises `ModelError` if the architecture cannot be cut (with the reason), or the source lacks a tensor.
     """
-    model = _skeleton(config)
-    stack_name, list_name = _find_blocks(model, config.num_hidden_layers)
-    stack = model.get_submodule(stack_name)
-    order = _execution_order(model, stack, getattr(stack, list_name))
-    prefix = f"{stack_name}.{list_name}."
-    _slice_blocks(model, stack, list_name, spec)
-    _drop_foreign(model, spec, order)
-    _load(model, spec, source, prefix, dtype, tied=bool(config.tie_word_embeddings))
+    model = skeleton(config)
+    anatomy = studied(model, config)
+    converted = ConvertedSource(source, model)
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    _slice_blocks(model, anatomy, spec)
+    _drop_foreign(model, anatomy, spec)
+    _load(model, spec, converted, anatomy.block_prefix, dtype, ties=ties)
     model.requires_grad_(False)
-    return Part(
-        model=model,
-        stack=stack,
-        blocks=getattr(stack, list_name),
-        post=order.first_post,
-        spec=spec,
-        block_prefix=prefix,
-        before_blocks=frozenset(order.pre),
-    )
+    part = Part(model=model, anatomy=anatomy, spec=spec, tied=bool(ties))
+    part.check_entry()
+    return part
 
 
-class _Order:
-    """Which modules outside the block list run before the blocks and which after, as observed."""
-
-    def __init__(self, pre: list[str], post: list[str], first_post: nn.Module) -> None:
-        self.pre, self.post, self.first_post = pre, post, first_post
+_STUDIED: dict[str, Anatomy] = {}
 
 
-def _skeleton(config: Any) -> Any:
+def studied(model: Any, config: Any) -> Anatomy:
+    """Once for each configuration: a client builds two parts of it, and the pass on the meta device takes a while."""
+    key = f"{type(model).__name__} {config.to_json_string(use_diff=False)}"
+    if key not in _STUDIED:
+        _STUDIED[key] = study(model)
+    return _STUDIED[key]
+
+
+def skeleton(config: Any) -> Any:
     """The whole model on the meta device, its non-persistent buffers (rotary tables) materialised."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if config.is_encoder_decoder:
+        raise ModelError(f"{config.model_type} cannot be cut: it is an encoder-decoder")
+    config = copy.deepcopy(config)
+    # Routers' own loss would need all blocks; it is no part of the model's output.
+    config.output_router_logits = False
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise ModelError(f"{config.model_type} cannot be built as a decoder: {str(error).splitlines()[0]}") from None
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            # Rows come without a mask, and rightly so.
+            module.warn_if_padding_and_no_attention_mask = _say_nothing
     persistent = set(model.state_dict(keep_vars=True))
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
-    for name, buffer in list(model.named_buffers()):
-        if name not in persistent:
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            module.register_buffer(leaf, torch.empty_like(buffer, device="cpu"), persistent=False)
+    tables = [name for name, _ in model.named_buffers() if name not in persistent]
+    for name in tables:
+        owner, _, leaf = name.rpartition(".")
+        empty = torch.empty_like(model.get_buffer(name), device="cpu")
+        table = empty.fill_(math.nan) if empty.is_floating_point() else empty
+        model.get_submodule(owner).register_buffer(leaf, table, persistent=False)
     # Before slicing: some families compute their tables from the whole configuration.
     model.initialize_weights()
+    for name in tables:
+        if model.get_buffer(name).isnan().any():
+            raise ModelError(f"{type(model).__name__} cannot be cut: its table {name} is not computed by itself")
     return model
 
 
-def _find_blocks(model: nn.Module, count: int) -> tuple[str, str]:
-    """Names of the module that owns the block list, and of the list in it."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            stack_name, _, list_name = name.rpartition(".")
-            return stack_name, list_name
-    raise ModelError(f"{type(model).__name__} has no list of {count} blocks, so it cannot be cut")
+def _say_nothing(*args: Any) -> None:
+    pass
 
 
-def _execution_order(model: Any, stack: nn.Module, blocks: nn.ModuleList) -> _Order:
-    """Run two tokens on the meta device and watch: registration order and names mislead (OPT, lfm2)."""
-    from transformers import DynamicCache
+def _slice_blocks(model: Any, anatomy: Anatomy, spec: PartSpec) -> None:
+    """Keep the part's blocks, number them from 0 (the cache reads local indices), and fit the configuration."""
+    stack = model.get_submodule(anatomy.stack)
+    kept = nn.ModuleList(list(getattr(stack, anatomy.blocks))[spec.first : spec.last])
+    for local, block in enumerate(kept):
+        for module in block.modules():
+            for name in INDEX_NAMES:
+                if isinstance(getattr(module, name, None), int):
+                    setattr(module, name, local)
+    setattr(stack, anatomy.blocks, kept)
+    configs = [
+        model.config,
+        model.config.get_text_config(),
+        *(m.config for m in stack.modules() if hasattr(m, "config")),
+    ]
+    for config in {id(config): config for config in configs}.values():
+        config.tie_word_embeddings = False
+        if not hasattr(config, "num_hidden_layers"):
+            continue
+        lists = {
+            n: v[spec.first : spec.last] for n in PER_LAYER_LISTS if isinstance(v := getattr(config, n, None), list)
+        }
+        config.num_hidden_layers = spec.blocks
+        for name, kept_entries in lists.items():
+            _set_list(config, name, kept_entries)
 
-    inside = {id(m) for m in blocks.modules()}
-    events: list[tuple[str, nn.Module]] = []
-    watched = [(n, m) for n, m in model.named_modules() if id(m) not in inside and _holds_tensors(m)]
-    hooks = [m.register_forward_pre_hook(lambda mod, args, n=n: events.append((n, mod))) for n, m in watched]
-    hooks.append(blocks[0].register_forward_pre_hook(lambda mod, args: events.append(("<blocks>", mod))))
-    buffers = {name: buffer for name, buffer in stack.named_buffers() if buffer.device.type != "meta"}
+
+def _set_list(config: Any, name: str, entries: list[Any]) -> None:
+    """Some configurations compute the list from the number of blocks: right only where it comes out the same."""
     try:
-        with torch.no_grad():
-            _swap_buffers(stack, {name: buffer.to("meta") for name, buffer in buffers.items()})
-            ids_BT = torch.zeros(1, 2, dtype=torch.long, device="meta")
-            # With an empty cache transformers asks no question whose answer would need real numbers.
-            model(input_ids=ids_BT, past_key_values=DynamicCache(), use_cache=False)
-    finally:
-        _swap_buffers(stack, buffers)
-        for hook in hooks:
-            hook.remove()
-    names = [name for name, _ in events]
-    split = names.index("<blocks>")
-    pre, post = names[:split], names[split + 1 :]
-    return _Order(pre=pre, post=post, first_post=events[split + 1][1])
+        setattr(config, name, entries)
+    except AttributeError:
+        if getattr(config, name) != entries:
+            raise ModelError(
+                f"{config.model_type} cannot be cut here: its {name} follow from the number of its blocks, and a part "
+                "has fewer of them"
+            ) from None
+
+
+def _drop_foreign(model: Any, anatomy: Anatomy, spec: PartSpec) -> None:
+    """What is left of another part's module holds nothing and changes nothing."""
+    before, after = set(anatomy.before), set(anatomy.after)
+    holders = [n for n, m in model.named_modules() if _holds_tensors(m) and not n.startswith(anatomy.block_prefix)]
+    replaced: tuple[str, ...] = ()
+    for name in holders:
+        if name.startswith(replaced):
+            continue
+        if name not in before | after:
+            stand_in: nn.Module = Absent(name)
+        elif not spec.owns_embedding and name in before - after:
+            stand_in = _before_stand_in(model, name)
+        elif not spec.owns_lm_head and name in after - before:
+            stand_in = PassThrough()
+        else:
+            continue
+        model.set_submodule(name, stand_in)
+        replaced += (f"{name}.",)
+    if not spec.owns_embedding:
+        _silence_dropout(model, before, model.get_submodule(anatomy.stack))
+
+
+def _before_stand_in(model: Any, name: str) -> nn.Module:
+    module = model.get_submodule(name)
+    if module is model.get_input_embeddings():
+        return Absent(name)
+    return NoEmbedding() if isinstance(module, nn.Embedding) else PassThrough()
+
+
+def _silence_dropout(model: nn.Module, before: set[str], stack: Any) -> None:
+    """What it would do to hidden states is never read here, but it would draw random numbers."""
+    for name in before:
+        if isinstance(model.get_submodule(name), nn.Dropout):
+            model.set_submodule(name, PassThrough())
+    for name in EMBEDDING_DROPOUTS:
+        if isinstance(getattr(stack, name, None), float):
+            setattr(stack, name, 0.0)
 
 
 def _holds_tensors(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 
-def _swap_buffers(root: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
-    for name, buffer in buffers.items():
-        owner, _, leaf = name.rpartition(".")
-        root.get_submodule(owner)._buffers[leaf] = buffer
-
-
-def _slice_blocks(model: Any, stack: Any, list_name: str, spec: PartSpec) -> None:
-    """Keep the part's blocks, number them from 0 (the cache reads local indices), and fit the configuration."""
-    kept = nn.ModuleList(list(getattr(stack, list_name))[spec.first : spec.last])
-    for local, block in enumerate(kept):
-        for module in block.modules():
-            for name in INDEX_NAMES:
-                if isinstance(getattr(module, name, None), int):
-                    setattr(module, name, local)
-    setattr(stack, list_name, kept)
-    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        config.num_hidden_layers = spec.blocks
-        config.tie_word_embeddings = False
-        for name in PER_LAYER_LISTS:
-            if isinstance(getattr(config, name, None), list):
-                setattr(config, name, getattr(config, name)[spec.first : spec.last])
-
-
-def _drop_foreign(model: nn.Module, spec: PartSpec, order: _Order) -> None:
-    pre, post = set(order.pre), set(order.post)
-    if not spec.owns_embedding:
-        for name in pre - post:
-            model.set_submodule(name, Absent(name))
-    if not spec.owns_lm_head:
-        for name in post - pre:
-            model.set_submodule(name, PassThrough())
-
-
 def _load(
-    model: Any, spec: PartSpec, source: WeightSource, block_prefix: str, dtype: torch.dtype, *, tied: bool
+    model: Any,
+    spec: PartSpec,
+    source: ConvertedSource,
+    block_prefix: str,
+    dtype: torch.dtype,
+    *,
+    ties: dict[str, str],
 ) -> None:
     """Fill the part's tensors from the source, straight in `dtype`; assert that nothing is left on meta."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    ties: dict[str, str] = dict(model._tied_weights_keys or {}) if tied else {}
     key_of = {name: ties.get(name, _whole_key(name, block_prefix, spec.first)) for name in shapes}
     tensors = source.read(sorted(set(key_of.values())), dtype=dtype)
     for name, key in key_of.items():

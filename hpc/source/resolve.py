@@ -12,6 +12,9 @@ from hpc.source.cut import Cut
 from hpc.source.files import FileResolver
 from hpc.source.gguf_folder import gguf_folder, gguf_of
 
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
+
 
 def resolve(model: ModelConfig) -> FileResolver:
     """Where the model's files are; the built-in models are written into the cache folder first.
@@ -51,13 +54,24 @@ def read_config(resolver: FileResolver) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise ModelError(f"config.json of {resolver} is not JSON ({error}); fetch it again") from None
-    if "num_hidden_layers" not in config:
-        raise ModelError(f"config.json of {resolver} has no num_hidden_layers: not a decoder that can be cut")
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"{resolver} is an encoder-decoder, which cannot be cut; give a decoder (a causal LM)")
+    if block_count(config) is None:
+        raise ModelError(
+            f"config.json of {resolver} has none of {', '.join(BLOCK_COUNTS)}: not a decoder that can be cut"
+        )
     return config
+
+
+def block_count(raw_config: dict[str, Any]) -> int | None:
+    """The number of blocks, under whichever name the family has for it; models of more than text nest it."""
+    sections = [raw_config, *(raw_config.get(name) or {} for name in TEXT_SECTIONS)]
+    counts = [section[name] for section in sections for name in BLOCK_COUNTS if isinstance(section.get(name), int)]
+    return counts[0] if counts else None
 
 
 def cut_of(model: ModelConfig, raw_config: dict[str, Any]) -> Cut:
     """The cut that the configuration asks for. Raises `ConfigError` if it leaves no trunk."""
-    return Cut(
-        blocks=int(raw_config["num_hidden_layers"]), head_blocks=model.head_blocks, tail_blocks=model.tail_blocks
-    )
+    blocks = block_count(raw_config)
+    assert blocks is not None, "read_config refuses such a configuration"
+    return Cut(blocks=blocks, head_blocks=model.head_blocks, tail_blocks=model.tail_blocks)

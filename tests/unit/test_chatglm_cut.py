@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,23 +29,19 @@ CUTS = [(1, 1), (0, 0), (2, 1), (0, 2)]
 
 
 def parts_of(variant: str, cut: Cut) -> list[Part]:
-    """Each part on its own files' tensors; beside its input it is told the rows' layout, and nothing else."""
+    """Each part on its own files' tensors."""
     resolver = FileResolver(str(GOLDEN / variant))
     config = load_hf_config(resolver)
     config.pre_seq_len = None
-    parts = [build_part(config, cut.part(kind), WeightSource(resolver), dtype=torch.float32) for kind in KINDS]
-    for part in parts:
-        part.model.transformer.register_forward_pre_hook(tell_layout, with_kwargs=True)
-    return parts
-
-
-def tell_layout(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "row_layout_B2": LAYOUT_B2}
+    return [build_part(config, cut.part(kind), WeightSource(resolver), dtype=torch.float32) for kind in KINDS]
 
 
 def through(parts: list[Part], hidden: torch.Tensor) -> torch.Tensor:
+    layout_B2 = parts[0].layout_of(hidden)
+    assert layout_B2 is not None
+    assert torch.equal(layout_B2, LAYOUT_B2)
     for part in parts:
-        hidden = part(hidden)
+        hidden = part(hidden, layout_B2=layout_B2)
     return hidden
 
 
@@ -86,7 +81,6 @@ def test_each_part_takes_its_share_of_the_published_prefix(head_blocks: int, tai
 def take_share(part: Part, cut: Cut, published: dict[str, torch.Tensor]) -> torch.Tensor:
     """Give the part the project's own adapter with the published values; returns its table."""
     attach_adapter(part, AdapterConfig(method="p_tuning_v2", num_virtual_tokens=5), cut, seed=0)
-    part.position_offset = 0  # ChatGLM does not count prefixes
     assert isinstance(part.prefix, Prefix)
     (encoder,) = part.prefix.encoders.values()
     encoder.load_state_dict(prefix_of_blocks(published, first=part.spec.first, last=part.spec.last, hidden_size=48))

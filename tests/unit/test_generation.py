@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,12 @@ from hpc.link.kinds import Kind
 from hpc.model.build import ModelBuilder
 from hpc.model.continued import ContinuedLM, WholeChain
 from hpc.model.pretrained import load_tokenizer
-from hpc.report.events import EventLog, read_events, role_path
-from hpc.served import Served
-from hpc.served_decoding import MAX_CHAINS, PlainTrunk, ServedDecoding
-from hpc.split_chain import SplitChains
-from hpc.trunk_link import TrunkLink
-from tests.loopback import channel_pair, run_centralised, run_split
+from hpc.report.events import read_events, role_path
+from hpc.served_decoding import MAX_CHAINS
+from tests.loopback import Outcome, run_centralised, run_split
+from tests.plain import plain_model, put_values
+from tests.serving import CONTEXT, CPU, Serving, serving
 
-CPU = torch.device("cpu")
-CONTEXT = 64
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.3},
@@ -42,58 +37,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class Served2:
-    """A trunk in a thread, and the clients' models."""
-
-    models: list[ContinuedLM]
-    channels: list[Channel]
-    plain: Any
-    chains: list[SplitChains]
-    failures: list[BaseException] = field(default_factory=list)
-
-
-def serving(config: Config, clients: int, *, prepare: Callable[[Any], None] = lambda part: None) -> Iterator[Served2]:
-    builder = ModelBuilder.of(config)
-    pairs = [channel_pair("aes-256-gcm", timeout_s=20) for _ in range(clients)]
-    trunk = builder.part("trunk").eval()
-    prepare(trunk)
-    served = Served(
-        config=config,
-        channels={k: pair[1] for k, pair in enumerate(pairs)},
-        device=CPU,
-        hidden_size=builder.hidden_size,
-        dtype=builder.dtype,
-        log=EventLog(os.devnull),
-        asked=True,
-    )
-    found = Served2(models=[], channels=[pair[0] for pair in pairs], plain=None, chains=[])
-    folder = builder.resolver.name_or_path
-    for k, (channel, _) in enumerate(pairs):
-        head, tail = builder.client_parts()
-        for part in (head.eval(), tail.eval()):
-            prepare(part)
-        link = TrunkLink(channel, client_id=k, device=CPU, reads_ahead=False)
-        found.chains.append(SplitChains(head, tail, link))
-        found.models.append(ContinuedLM(builder.hf_config, found.chains[-1].open, device=CPU, folder=folder))
-    found.plain = AutoModelForCausalLM.from_pretrained(folder).eval()
-
-    def serve() -> None:
-        try:
-            ServedDecoding(served, PlainTrunk(trunk), context=CONTEXT).serve(range(clients))
-        except BaseException as error:
-            found.failures.append(error)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    yield found
-    for k in served.present(range(clients)):
-        found.chains[k].enough()
-    thread.join(30)
-    assert not thread.is_alive(), "the trunk still waits"
-    assert not found.failures
-
-
 def tiny(**adapter: Any) -> Config:
     return Config(
         model=ModelConfig(name_or_path="tiny-llama"), train=TrainConfig(clients=2), adapter=AdapterConfig(**adapter)
@@ -101,7 +44,7 @@ def tiny(**adapter: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Served2]:
+def two() -> Iterator[Serving]:
     yield from serving(tiny(), 2)
 
 
@@ -123,12 +66,12 @@ def both(two: Any, given: dict[str, torch.Tensor], client: int = 0, **ways: Any)
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("lengths", [(7,), (9, 3, 5)], ids=["one", "several"])
-def test_the_tokens_are_the_uncut_models(two: Served2, way: str, lengths: tuple[int, ...]) -> None:
+def test_the_tokens_are_the_uncut_models(two: Serving, way: str, lengths: tuple[int, ...]) -> None:
     split, plain = both(two, prompts(*lengths), **WAYS[way])
     assert torch.equal(split, plain)
 
 
-def test_a_stopping_criterion_stops_both_alike(two: Served2) -> None:
+def test_a_stopping_criterion_stops_both_alike(two: Serving) -> None:
     given = prompts(6)
     free = two.plain.generate(**given, max_new_tokens=12, do_sample=False, pad_token_id=256)
     third = int(free[0, 6 + 3])
@@ -148,7 +91,7 @@ def test_an_uncut_part_generates_the_same() -> None:
         assert torch.equal(model.generate(**given, **kwargs), plain.generate(**given, **kwargs))
 
 
-def test_only_the_new_tokens_hidden_state_crosses(two: Served2) -> None:
+def test_only_the_new_tokens_hidden_state_crosses(two: Serving) -> None:
     channel, hidden = two.channels[0], 64
     spent = []
     for new in (1, 11):
@@ -161,7 +104,7 @@ def test_only_the_new_tokens_hidden_state_crosses(two: Served2) -> None:
     assert rest.payload_bytes_received == rest.payload_bytes_sent
 
 
-def test_several_clients_ask_at_once(two: Served2) -> None:
+def test_several_clients_ask_at_once(two: Serving) -> None:
     found: dict[int, torch.Tensor] = {}
 
     def ask(client: int) -> None:
@@ -242,7 +185,7 @@ def test_a_prefix_is_in_every_parts_cache() -> None:
     ids=["too long", "right padding", "no cache", "empty", "too many rows"],
 )
 def test_what_cannot_be_continued_is_refused(
-    two: Served2, given: dict[str, torch.Tensor], kwargs: dict[str, Any], message: str
+    two: Serving, given: dict[str, torch.Tensor], kwargs: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         two.models[0].generate(**given, max_new_tokens=2, pad_token_id=256, **kwargs)
@@ -312,7 +255,7 @@ def test_a_client_that_is_gone_harms_no_other() -> None:
         assert torch.equal(split, plain)
 
 
-def test_finished_rows_are_forgotten(two: Served2) -> None:
+def test_finished_rows_are_forgotten(two: Serving) -> None:
     """More batches one after the other than may be there at a time."""
     for _ in range(MAX_CHAINS + 2):
         split, plain = both(two, prompts(3), do_sample=False)
@@ -342,18 +285,33 @@ def test_evaluation_decodes_through_the_split(tmp_path: Path, schedule: str) -> 
         train=TrainConfig(
             schedule=schedule,  # type: ignore[arg-type]
             clients=2,
-            max_steps=24 if schedule == "replica" else 12,
+            max_steps=12,
             per_client_batch_size=4,
             learning_rate=3e-2,
             sync_every=6 if schedule == "replica" else 1,
             eval_batch_size=4,
         ),
     )
-    run_centralised(config, tmp_path) if schedule == "centralised" else run_split(config, tmp_path)
+    outcome = (run_centralised if schedule == "centralised" else run_split)(config, tmp_path)
     roles = ["centralised"] if schedule == "centralised" else ["client-0", "client-1"]
     found = [e for role in roles for e in read_events(role_path(tmp_path, role)) if e["event"] == "eval"]
-    plain = AutoModelForCausalLM.from_pretrained(ModelBuilder.of(config).resolver.name_or_path).eval()
-    before = [e["matched"] for e in found if e["step"] == 0]
-    assert before == [answers(config, client, plain) for client in range(2)]
-    after = [e["matched"] for e in found if e["step"] > 0]
-    assert sum(after) > sum(before), "it learns to answer"
+    plain = plain_model(config, ModelBuilder.of(config)).eval()
+    assert [e["matched"] for e in found if e["step"] == 0] == [answers(config, client, plain) for client in range(2)]
+    after = []
+    for client in range(2):
+        put_values(config, plain, values_of(client, outcome))
+        after.append(answers(config, client, plain))
+    assert [e["matched"] for e in found if e["step"] > 0] == after
+    assert schedule == "replica" or sum(after), "it learns to answer"
+
+
+def values_of(client: int, outcome: Outcome) -> dict[str, torch.Tensor]:
+    """What learned for this client, by the project's names."""
+    replica = f"replica-{client}/"
+    own = {
+        name: p.detach() for each in outcome.clients[client : client + 1] for name, p in each.learner.parameters.items()
+    }
+    trunk = {
+        n.removeprefix(replica): v for n, v in outcome.trained.items() if not n.startswith("replica-") or replica in n
+    }
+    return {**trunk, **own}

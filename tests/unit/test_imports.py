@@ -47,6 +47,7 @@ FLOORS = {
     "hpc.early_stopping": 3,
     "hpc.smashed_cache": 3,
     "hpc.served": 3,
+    "hpc.layouts": 3,
     "hpc.served_decoding": 3,
     "hpc.split_chain": 3,
     "hpc.matches": 3,

@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import hpc.quantizer
 from hpc.agreement import agreement
-from hpc.checkpoint import commit, find
+from hpc.checkpoint import commit
 from hpc.config import AdapterConfig, Config, ModelConfig, TrunkConfig
 from hpc.errors import CheckpointError, ConfigError, ModelError
 from hpc.model import quantized_linear
@@ -34,6 +34,7 @@ from hpc.model.quantize import quantize_part
 from hpc.model.split import build_part
 from hpc.model.weights import WeightSource
 from hpc.preflight import check
+from hpc.resume import find
 from hpc.source.cut import Cut
 from hpc.source.files import FileResolver
 from tests import plain, plain_federated

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2MoeConfig
 
 from hpc.checkpoint import checkpoint_folder, read_role, write_role
 from hpc.config import AdapterConfig, Config, ModelConfig, TrainConfig, TrunkConfig
@@ -199,29 +199,33 @@ def test_half_precision_is_near(adapter: str) -> None:
     assert replicas.values_KN.dtype == torch.float32
 
 
-def gpt2_part(folder: Path) -> Part:
-    """A client head: of a gpt2, a part without the embedding cannot run (its positions are looked up in every part)."""
-    config, cut = AutoConfig.from_pretrained(folder), Cut(blocks=3, head_blocks=2, tail_blocks=0)
-    part = build_part(config, cut.part("head"), WeightSource(FileResolver(str(folder))), dtype=torch.float32)
+def family_part(folder: Path) -> Part:
+    """The trunk, with LoRA in every linear layer."""
+    config, cut = AutoConfig.from_pretrained(folder), Cut(blocks=3, head_blocks=1, tail_blocks=0)
+    part = build_part(config, cut.part("trunk"), WeightSource(FileResolver(str(folder))), dtype=torch.float32)
     attach_adapter(part, AdapterConfig(lora_r=4), cut, seed=3)
     return part.eval()  # gpt2 has dropout of its own
 
 
+GPT2 = GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=0)
+MOE = Qwen2MoeConfig(
+    hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=50,
+    intermediate_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=3,
+    num_experts_per_tok=2, decoder_sparse_step=2,
+)  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-def test_conv1d_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config", "layer"), [(GPT2, "c_attn"), (MOE, "shared_expert_gate")], ids=["gpt2", "moe"])
+def test_layers_of_other_families(tmp_path: Path, config: Any, layer: str) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     groups = [(1, 2), (0, 1)]
-    parts = plain_parts(lambda: gpt2_part(tmp_path), [0, 1])
-    replicas = replicas_like(lambda: gpt2_part(tmp_path), parts)
-    assert any("c_attn" in name for name in replicas.names)
-    ids_BT, (_, grad) = torch.randint(0, 50, (3, TOKENS)), rows_for(groups)
-    out = replicas.forward(ids_BT, groups)
-    expected = torch.cat([parts[1](ids_BT[:2]), parts[0](ids_BT[2:])])
-    assert_near(out.detach(), expected.detach())
-    out.backward(grad)
-    expected.backward(grad)
+    parts = plain_parts(lambda: family_part(tmp_path), [0, 1])
+    replicas = replicas_like(lambda: family_part(tmp_path), parts)
+    assert any(layer in name for name in replicas.names)
+    hidden, grad = rows_for(groups)
+    assert_near(run_replicas(replicas, groups, hidden, grad)[0], run_plain(parts, groups, hidden, grad)[0])
     assert_alike(replicas, parts)
 
 

@@ -119,6 +119,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values=cache if self._caches(use_cache) else None,
         )
 
+    def row_layout(self, ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """`row_layout_B2` of whole rows, for parts of a cut model that have no ids. Raises as `row_layout_of` does."""
+        rows, tokens = ids_BT.shape
+        place_BT = places_of(rows, tokens, attention_mask_BT, ids_BT.device)
+        return row_layout_of(ids_BT, place_BT, self.config)
+
     def _embed(self, ids_BT: torch.Tensor | None, embedded_BTD: torch.Tensor | None) -> torch.Tensor:
         if (ids_BT is None) == (embedded_BTD is None):
             raise ModelError("ChatGLM takes either input_ids or inputs_embeds")
