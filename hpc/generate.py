@@ -66,7 +66,7 @@ def serve(config: Config, place: Place, clients: Sequence[int], trained: str | N
                 meeting.link(client), link=config.link, client_id=client, agreement=agreement(config)
             )
         builder = ModelBuilder.of(config)
-        part = builder.part("trunk")
+        part = builder.part("trunk", adapted=trained is not None)
         if trained is not None:
             take_up([part], trained, role="trunk", client=clients[0])
         device = device_of(config, place)
@@ -99,7 +99,7 @@ def asking(config: Config, place: Place, trained: str | None) -> Iterator[Contin
             meeting.link(place.index), link=config.link, client_id=place.index, agreement=agreement(config)
         )
         builder = ModelBuilder.of(config)
-        head, tail = builder.client_parts()
+        head, tail = builder.client_parts(adapted=trained is not None)
         if trained is not None:
             take_up([head, tail], trained, role=place.name, client=place.index)
         device = device_of(config, place)

@@ -52,16 +52,17 @@ class ModelBuilder:
     def hidden_size(self) -> int:
         return int(self.hf_config.get_text_config().hidden_size)
 
-    def part(self, kind: PartKind) -> Part:
-        """One part on the CPU, with the adapter that the configuration asks for."""
+    def part(self, kind: PartKind, *, adapted: bool = True) -> Part:
+        """One part on the CPU; `adapted`: with the adapter that the configuration asks for."""
         part = build_part(self.hf_config, self.cut.part(kind), self.source, dtype=self.dtype)
         quantize_part(part, self.config.trunk.quantization, self.cut)
-        attach_adapter(part, self.config.adapter, self.cut, self.config.train.seed)
+        if adapted:
+            attach_adapter(part, self.config.adapter, self.cut, self.config.train.seed)
         return part
 
-    def client_parts(self) -> tuple[Part, Part]:
+    def client_parts(self, *, adapted: bool = True) -> tuple[Part, Part]:
         """Head and tail. A tied embedding and LM head are one tensor, trained or not: both are on this client."""
-        head, tail = self.part("head"), self.part("tail")
+        head, tail = self.part("head", adapted=adapted), self.part("tail", adapted=adapted)
         if head.tied:
             shared = head.model.get_input_embeddings().weight
             shared.requires_grad_(shared.requires_grad or tail.model.get_output_embeddings().weight.requires_grad)
