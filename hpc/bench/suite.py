@@ -17,7 +17,7 @@ Measured = dict[str, Any]
 Figures = dict[str, Any]
 Raw = Mapping[str, Any]
 
-SUITES = {"schedules": "hpc.bench.schedules"}
+SUITES = {"schedules": "hpc.bench.schedules", "generation": "hpc.bench.generation"}
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpc.source.tiny import tiny_llama_folder
-from tests.runs import ROOT, Finished, run_command, torchrun
+from tests.runs import LOCAL, ROOT, TINY, Finished, run_command, torchrun
 
 pytestmark = pytest.mark.timeout(240)
 GENERATE = str(ROOT / "launch" / "generate.py")
@@ -52,6 +54,29 @@ def test_several_clients_under_torchrun(tmp_path: Path, plain: Any) -> None:
     assert found.code == 0, found.err
     for prompt in ("First", "Second again"):
         assert plain(prompt, do_sample=False) in found.out
+
+
+@pytest.mark.slow
+def test_what_a_run_has_trained_is_heard(tmp_path: Path) -> None:
+    """The run's adapter by launch/export.py in plain PEFT says what launch/generate.py says from the run's folder."""
+    run, prompt = tmp_path / "run", "The ward"
+    keys = ("--link.keys_dir", str(tmp_path / "keys"))
+    steps = ("--train.max_steps", "6", "--train.learning_rate", "0.02")
+    trained = run_command([sys.executable, LOCAL, *TINY, *keys, *steps, "--run.output_dir", str(run)], run)
+    assert trained.code == 0, trained.err
+    export = str(ROOT / "launch" / "export.py")
+    exported = run_command([sys.executable, export, str(run), "--output_dir", str(tmp_path / "peft")], run)
+    assert exported.code == 0, exported.err
+    folder = tiny_llama_folder(seed=0)
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    plain = base.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=256)
+    model = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    ours = model.generate(input_ids=ids, max_new_tokens=10, do_sample=False, pad_token_id=256)
+    assert not torch.equal(plain, ours), "the adapter says nothing"
+    found = generate(tmp_path, "--run_folder", str(run), "--prompt", prompt, "--max_new_tokens", "10")
+    assert found.code == 0, found.err
+    assert found.out.rstrip("\n") == str(tokenizer.decode(ours[0], skip_special_tokens=True)).rstrip("\n")
 
 
 @pytest.mark.parametrize(

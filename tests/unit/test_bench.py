@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpc.bench import results
+from hpc.bench import generation, results
 from hpc.bench.load import Sample, family, shares
 from hpc.bench.markdown import table
 from hpc.bench.replica_pass import alternate
@@ -322,3 +322,16 @@ def test_two_works_take_turns() -> None:
     seconds = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
     assert order == ["a", "b"] * 3
     assert [len(each) for each in seconds.values()] == [3, 3]
+
+
+def test_a_tokens_ratio_is_taken_turn_by_turn() -> None:
+    rounds = [
+        {"split": split, "uncut": uncut, "same_tokens": 1.0} for split, uncut in ((0.2, 0.1), (0.3, 0.3), (0.9, 0.6))
+    ]
+    (row,) = generation.figures({"rounds": {"greedy": rounds}})["ways"]
+    assert row["ratio"] == {"median": 1.5, "min": 1.0, "max": 2.0}
+    assert row["same_tokens"]
+    assert not row["met"]
+    (other,) = generation.figures({"rounds": {"greedy": [{**rounds[1], "same_tokens": 0.0}]}})["ways"]
+    assert other["met"]
+    assert not other["same_tokens"]
