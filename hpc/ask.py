@@ -46,6 +46,8 @@ def encode(model: ContinuedLM, prompts: Sequence[str], *, chat: bool = False) ->
         said = [[{"role": "user", "content": text}] for text in texts]
         texts = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in said]
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None and len(texts) > 1:
+            raise ConfigError("this model's tokenizer has no token to pad with; give one prompt at a time")
         tokenizer.pad_token = tokenizer.eos_token
     encoded = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, add_special_tokens=not chat)
     return encoded.input_ids.to(model.device), encoded.attention_mask.to(model.device)

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from hpc.config import Config
 from hpc.errors import ConfigError, HpcError
+from hpc.quiet import hush
 
 
 def make_parser(description: str) -> ArgumentParser:
@@ -84,6 +85,7 @@ def suggestion(key: str) -> str:
 
 def run_main(main: Callable[[list[str]], int], prefix: str = "error") -> None:
     """Run a script's `main(argv)` and exit: one line for what is foreseen, code 2 for bad input, 1 for the rest."""
+    hush()
     try:
         code = main(sys.argv[1:])
     except HpcError as error:

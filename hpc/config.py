@@ -191,12 +191,20 @@ class TrunkConfig:
     """Where nothing in the client heads learns: keep so much of their smashed activations (MiB, all clients together),
     so that from the second epoch on they need not be sent again. 0: keep none. The server sees which examples recur."""
 
+    generation_gib: float = 8.0
+    """Most memory for the keys and values of one client's generation (GiB)."""
+
     def __post_init__(self) -> None:
+        require(self.generation_gib > 0, f"--trunk.generation_gib is {self.generation_gib}; it must be above 0")
         require_at_least("trunk.ranks", self.ranks, 1)
         require_at_least("trunk.smashed_cache_mib", self.smashed_cache_mib, 0)
         require(
             self.replica_limit_gib > 0, f"--trunk.replica_limit_gib is {self.replica_limit_gib}; it must be above 0"
         )
+
+    @property
+    def generation_bytes(self) -> int:
+        return int(self.generation_gib * 2**30)
 
     @property
     def smashed_cache_bytes(self) -> int:
@@ -274,6 +282,12 @@ class Config:
             self.train.min_clients == 0 or self.link.transport != "mpi",
             "--train.min_clients does not work with --link.transport mpi: an MPI job ends with any of its processes; "
             "use gloo",
+        )
+        require(
+            not self.data.decodes or self.trunk.ranks == 1 or self.train.schedule == "centralised",
+            f"--data.evaluate_by generation with --trunk.ranks {self.trunk.ranks}: each rank answers its own clients "
+            "for as long as they ask, while the others wait for it; use one trunk rank, or --data.evaluate_by "
+            "likelihood",
         )
         require(
             self.train.early_stopping_patience == 0 or self.data.evaluates,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from hpc.errors import HpcError
@@ -22,6 +23,8 @@ FOLDER = "TORCH_EXTENSIONS_DIR"  # PyTorch's own variable
 PATIENCE_S = 600.0  # a build takes a minute or two on a busy machine
 POLL_S = 0.2
 
+_log = logging.getLogger("hpc")
+
 
 def load_operator() -> None:
     """Build DeepSpeed's CPU operator, or load it. Raises `HpcError` if another process builds it without end."""
@@ -29,12 +32,14 @@ def load_operator() -> None:
     from deepspeed.accelerator import get_accelerator
 
     folder = Path(os.environ.setdefault(FOLDER, str(_own_folder(deepspeed.__file__))))
-    with _only_one(folder):
-        for left in folder.rglob("lock"):  # nobody holds the kernel lock, so nobody builds
-            left.unlink()
+    with _only_one(folder) as alone:
         builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-        if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-            builder.load()
+        if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+            return
+        if alone:
+            for left in folder.rglob(f"{builder.NAME}/lock"):  # nobody holds the kernel lock, so nobody builds
+                left.unlink()
+        builder.load()
 
 
 def _own_folder(library: str) -> Path:
@@ -46,15 +51,28 @@ def _own_folder(library: str) -> Path:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
+def _only_one(folder: Path) -> Iterator[bool]:
+    """Wait for the lock; False where the file system has no locks. Raises `HpcError` past the deadline."""
     deadline = time.monotonic() + PATIENCE_S
-    with (folder / ".building").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".building").open("w")
+    except OSError as error:
+        raise HpcError(
+            f"{folder} cannot be written ({error}); set {FOLDER} or HPC_CACHE to a folder that can"
+        ) from None
+    with file:
         while True:
-            with suppress(BlockingIOError):
+            try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
+            except BlockingIOError:
+                pass
+            except OSError as error:  # some network file systems
+                _log.warning("%s has no locks (%s): if another process was killed here, delete its lock", folder, error)
+                yield False
+                return
             if time.monotonic() > deadline:
                 raise HpcError(f"another process has been building in {folder} for {PATIENCE_S:.0f} s; end it")
             time.sleep(POLL_S)
-        yield
+        yield True

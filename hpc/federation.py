@@ -15,6 +15,7 @@ from hpc.baseline import run_baseline
 from hpc.checkpoint import Attempt
 from hpc.config import Config
 from hpc.errors import DataError, HpcError
+from hpc.export.save import forget_adapter
 from hpc.link.broken import lost_if_broken
 from hpc.link.channel import Channel
 from hpc.link.connect import open_client_channel, open_server_channel
@@ -129,6 +130,7 @@ def run_client(config: Config, place: Place) -> None:
         )
         folder = Path(meeting.output_folder())
         start, attempt = meeting.take_up(folder)
+        forget_adapter(folder, place.name)
         builder = ModelBuilder.of(config)
         data = load_client_data(config, client_id, load_tokenizer(builder.resolver))
         head, tail = builder.client_parts()
@@ -172,6 +174,7 @@ def run_centralised(config: Config, yaml: str) -> None:
 
     folder = Path(config.run.folder or made_up_folder(config))
     start, takes_up = start_of(config, folder)
+    forget_adapter(folder, "centralised")
     attempt = Attempt(name=secrets.token_hex(16), takes_up=takes_up)
     save_config(folder, yaml)
     with EventLog(role_path(folder, "centralised")) as events:

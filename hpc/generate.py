@@ -38,9 +38,10 @@ from hpc.served import Served
 from hpc.served_decoding import PlainTrunk, ServedDecoding
 from hpc.split_chain import SplitChains
 from hpc.topology import Place
-from hpc.trained import take_up
+from hpc.trained import Source, Wanted, source_of, take_up
 from hpc.trunk_link import TrunkLink
 
+REST_S = 10.0
 UNLIMITED = 2**16 - 1  # columns: what a header can say of a row
 
 
@@ -53,22 +54,24 @@ def for_generation(config: Config) -> Config:
     )
 
 
-def serve(config: Config, place: Place, clients: Sequence[int], trained: str | None) -> None:
+def serve(config: Config, place: Place, clients: Sequence[int], trained: str | None, wanted: Wanted = "auto") -> None:
     """The trunk's role: continue the rows of `clients` until all have had enough. A lost one harms nobody else.
 
-    `trained`: the folder of the run whose trained values the trunk has; none: the model as published.
+    `trained`: the folder of the run whose trained values the trunk has (the first client's, where each has its own);
+    none: the model as published.
     """
     prepare_process(config, place)
+    source = source_of(trained, config, clients[0], wanted) if trained else None
     meeting, channels = Rendezvous(place, config), dict[int, Channel]()
     with closing_links(channels):
         for client in clients:
             channels[client], _ = open_server_channel(
-                meeting.link(client), link=config.link, client_id=client, agreement=agreement(config)
+                meeting.link(client), link=config.link, client_id=client, agreement=_agreed(config, source)
             )
         builder = ModelBuilder.of(config)
-        part = builder.part("trunk", adapted=trained is not None)
-        if trained is not None:
-            take_up([part], trained, role="trunk", client=clients[0])
+        part = builder.part("trunk", adapted=source is not None)
+        if source is not None:
+            take_up([part], source, config, role="trunk")
         device = device_of(config, place)
         part.to(device).eval()
         served = Served(
@@ -82,26 +85,30 @@ def serve(config: Config, place: Place, clients: Sequence[int], trained: str | N
             described=part.needs_layout,
         )
         context = context_of(builder.hf_config) or UNLIMITED
-        ServedDecoding(served, PlainTrunk(part), context=context).serve(clients)
-        for client in served.present(clients):  # its BYE ends the thread that reads its link
-            served.recv(Recv(Kind.BYE, Micro(client)), 0, on_device=False)
+
+        def farewell(client: int) -> None:
+            served.recv(Recv(Kind.BYE, Micro(client)), 0, on_device=False)  # it ends the thread that reads the link
             served.send(client, Header(kind=Kind.BYE))
+
+        limit = config.trunk.generation_bytes
+        ServedDecoding(served, PlainTrunk(part), context=context, limit_bytes=limit).serve(clients, farewell)
         served.flush()
 
 
 @contextmanager
-def asking(config: Config, place: Place, trained: str | None) -> Iterator[ContinuedLM]:
+def asking(config: Config, place: Place, trained: str | None, wanted: Wanted = "auto") -> Iterator[ContinuedLM]:
     """The client's role: its own parts, and the trunk at the other end of its link. The model has a `tokenizer`."""
     prepare_process(config, place)
+    source = source_of(trained, config, place.index, wanted) if trained else None
     meeting, channels = Rendezvous(place, config), dict[int, Channel]()
     with closing_links(channels), lost_if_broken("the trunk is gone or silent"):
         channels[0], _ = open_client_channel(
-            meeting.link(place.index), link=config.link, client_id=place.index, agreement=agreement(config)
+            meeting.link(place.index), link=config.link, client_id=place.index, agreement=_agreed(config, source)
         )
         builder = ModelBuilder.of(config)
-        head, tail = builder.client_parts(adapted=trained is not None)
-        if trained is not None:
-            take_up([head, tail], trained, role=place.name, client=place.index)
+        head, tail = builder.client_parts(adapted=source is not None)
+        if source is not None:
+            take_up([head, tail], source, config, role=place.name)
         device = device_of(config, place)
         link = SteadyLink(channels[0], client_id=place.index, device=device)
         chains = SplitChains(head.to(device).eval(), tail.to(device).eval(), link)
@@ -117,13 +124,20 @@ def asking(config: Config, place: Place, trained: str | None) -> Iterator[Contin
             link.rest()
 
 
+def _agreed(config: Config, source: Source | None) -> dict[str, str]:
+    """Both ends must have taken up the same moment of the run."""
+    return {**agreement(config), "generation.source": source.name if source else "the model as published"}
+
+
 class SteadyLink(TrunkLink):
     """A link whose client may think for long between two requests: the trunk hears that it is still there."""
 
     def __init__(self, channel: Channel, *, client_id: int, device: torch.device) -> None:
-        super().__init__(channel, client_id=client_id, device=device, reads_ahead=False)
+        # A thread reads, so that sending touches nothing of what comes: two threads send.
+        super().__init__(channel, client_id=client_id, device=device, reads_ahead=True)
         self._sending, self._resting = threading.Lock(), threading.Event()
-        threading.Thread(target=self._stay, args=(channel.timeout_s / 4,), name="alive", daemon=True).start()
+        self._thread = threading.Thread(target=self._stay, args=(channel.timeout_s / 4,), name="alive", daemon=True)
+        self._thread.start()
 
     def send(self, header: Header, tensor: torch.Tensor | None = None) -> None:
         with self._sending:
@@ -132,6 +146,7 @@ class SteadyLink(TrunkLink):
     def rest(self) -> None:
         """No more signs of life."""
         self._resting.set()
+        self._thread.join(REST_S)
 
     def _stay(self, every_s: float) -> None:
         while not self._resting.wait(every_s):
@@ -140,7 +155,9 @@ class SteadyLink(TrunkLink):
 
 
 @contextmanager
-def split_model(config: Config, *, client: int = 0, trained: str | None = None) -> Iterator[ContinuedLM]:
+def split_model(
+    config: Config, *, client: int = 0, trained: str | None = None, wanted: Wanted = "auto"
+) -> Iterator[ContinuedLM]:
     """The cut model to generate with: this process is `client`, and the trunk is a process that it starts.
 
     `with split_model(config) as model: model.generate(**model.tokenizer(text, return_tensors="pt"))`. `trained`: a
@@ -150,14 +167,14 @@ def split_model(config: Config, *, client: int = 0, trained: str | None = None) 
     with tempfile.TemporaryDirectory(prefix="hpc-") as folder:
         told = Path(folder) / "config.yaml"
         told.write_text(yaml.safe_dump(asdict(config)))
-        command = [sys.executable, "-m", "hpc.generate", str(told), str(client), *([trained] if trained else [])]
+        command = [sys.executable, "-m", "hpc.generate", str(told), str(client), trained or "", wanted]
         with beside(config, command) as world:
             place = Place(role="client", index=client, world=world)
-            with asking(config, place, trained) as model:
+            with asking(config, place, trained, wanted) as model:
                 yield model
 
 
-def _serve_as_child(told: str, client: str, trained: str | None = None) -> int:
+def _serve_as_child(told: str, client: str, trained: str, wanted: Wanted) -> int:
     """The trunk's process of `split_model`; its last words go to the process that started it."""
     from hpc.cli import make_parser, parse
     from hpc.topology import read_world
@@ -165,7 +182,7 @@ def _serve_as_child(told: str, client: str, trained: str | None = None) -> int:
     place = Place(role="trunk", index=0, world=read_world(os.environ))
     try:
         config, _ = parse(make_parser(str(__doc__)), ["--config", told])
-        serve(config, place, [int(client)], trained)
+        serve(config, place, [int(client)], trained or None, wanted)
     except HpcError as error:
         leave_last_words(place.name, str(error), error.exit_code)
         return error.exit_code
@@ -173,4 +190,4 @@ def _serve_as_child(told: str, client: str, trained: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(_serve_as_child(*sys.argv[1:]))  # the links' threads may wait for a peer that is gone
+    os._exit(_serve_as_child(*sys.argv[1:]))  # type: ignore[arg-type]  # the links' threads may wait for a peer that is gone

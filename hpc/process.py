@@ -12,6 +12,7 @@ import torch
 from hpc.config import Config
 from hpc.errors import ConfigError
 from hpc.launcher import THREADS
+from hpc.quiet import hush
 from hpc.topology import Place
 
 
@@ -28,8 +29,7 @@ def prepare_process(config: Config, place: Place) -> None:
     else:
         torch.cuda.set_device(device)
     logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s {place.name}: %(message)s", stream=sys.stderr)
-    for name in ("deepspeed", "DeepSpeed", "transformers", "torch.distributed", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush()
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

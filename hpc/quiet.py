@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+CHATTERERS = ("deepspeed", "DeepSpeed", "transformers", "torch.distributed", "bitsandbytes")
+
+
+def hush() -> None:
+    """Only errors of these libraries' loggers; some talk as soon as they are imported, so this comes before that."""
+    for name in CHATTERERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ def find(run_folder: str | Path, which: str, agreement: Mapping[str, str], *, st
     wanted = re.fullmatch(r"(?:.*/)?checkpoint-(\d+)/?", which)
     if which != LATEST and wanted is None:
         raise CheckpointError(f"--run.resume_from_checkpoint {which} must be latest or checkpoint-<step>")
+    if os.path.dirname(which.rstrip("/")) and Path(which).parent.resolve() != Path(run_folder).resolve():
+        raise CheckpointError(
+            f"--run.resume_from_checkpoint {which} lies in another folder than the run's, {run_folder}; give that "
+            "folder as --run.output_dir"
+        )
     committed = committed_steps(run_folder)
     if wanted is not None and int(wanted[1]) in committed:
         step = int(wanted[1])

@@ -53,6 +53,7 @@ class Served:
         self.channels, self.device, self.log = channels, device, log
         self.hidden_size, self.dtype, self._described = hidden_size, dtype, described
         self.lost: set[int] = set()
+        self.timeout_s = config.link.timeout_s
         self._spares_clients = config.train.min_clients > 0 or asked
         self._pieces = split_rows(config.train.per_client_batch_size, config.train.resolved_micro_batches)
         self._longest = config.data.longest_row

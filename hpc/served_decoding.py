@@ -5,7 +5,8 @@ Shape suffixes: B rows, T new columns, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -25,6 +26,8 @@ MAX_CHAINS = 4  # of one client at a time: a client must not fill the trunk's me
 
 class Continuing(Protocol):
     """A trunk that can continue a client's rows."""
+
+    part: Part
 
     def remember(self, client: int, rows: int, layout_B2: torch.Tensor | None = None) -> Memory: ...
 
@@ -47,24 +50,34 @@ class PlainTrunk:
 class ServedDecoding:
     """Answers requests until every client has had enough."""
 
-    def __init__(self, served: Served, trunk: Continuing, *, context: int) -> None:
-        """`context`: most columns of a row, prompt included."""
+    def __init__(self, served: Served, trunk: Continuing, *, context: int, limit_bytes: int) -> None:
+        """`context`: most columns of a row, prompt included; `limit_bytes`: of keys and values, for each client."""
         self._served, self._trunk, self._context = served, trunk, context
+        self._cells = limit_bytes // max(1, trunk.part.kv_bytes)  # one is a token's keys and values
         self._memories: dict[tuple[int, int], Memory] = {}  # (client, its number for the rows)
 
-    def serve(self, clients: Sequence[int]) -> None:
-        """Raises as `Served.lose` does for a client that sends what cannot be, or that is gone."""
-        asking = set(clients)
+    def serve(self, clients: Sequence[int], farewell: Callable[[int], None] = lambda client: None) -> None:
+        """`farewell` is called for each client that has had enough, while others may still ask.
+
+        Raises as `Served.lose` does for a client that sends what cannot be, or that is gone.
+        """
+        asking, told = set(clients), time.monotonic()
         while asking:
+            if time.monotonic() - told > self._served.timeout_s / 4:  # who asks often must not silence the trunk
+                told = time.monotonic()
+                self._served.keep_waiting(sorted(asking))
             client, frame = self._served.recv_request(sorted(asking), REQUESTS)
             if frame is not None:
                 try:
                     self._answer(client, frame)
                 except LinkError as error:
                     self._served.lose(client, -1, error)
-            if client in self._served.lost or (frame is not None and frame.header.kind is Kind.ENOUGH):
+            enough = frame is not None and frame.header.kind is Kind.ENOUGH
+            if client in self._served.lost or enough:
                 asking.discard(client)
                 self._forget_all(client)
+            if enough:
+                farewell(client)
 
     def _answer(self, client: int, frame: Frame) -> None:
         key = client, frame.header.micro
@@ -105,6 +118,13 @@ class ServedDecoding:
         columns = max(lengths) + (memory.columns if memory is not None else 0)
         if columns > self._context:
             raise ProtocolError(f"{who} continues a row to {columns} tokens; the context holds {self._context}")
+        others = [m for (owner, number), m in self._memories.items() if owner == client and number != header.micro]
+        cells = len(lengths) * columns + sum(each.rows * each.columns for each in others)
+        if cells > self._cells:
+            raise ProtocolError(
+                f"{who} asks for keys and values of {cells} tokens; --trunk.generation_gib leaves room for "
+                f"{self._cells}"
+            )
 
     def _reorder(self, key: tuple[int, int], rows_B: torch.Tensor) -> None:
         memory = self._memories.get(key)

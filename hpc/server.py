@@ -195,7 +195,12 @@ class Server:
             trunk_out_BTD = self._infer(smashed_BTD, groups, layout_B2)
             self._send_evaluated(frames, order.step, trunk_out_BTD)
         if self.config.data.decodes:
-            decoding = ServedDecoding(self.served, self.side.trunk, context=self.config.data.longest_row)
+            decoding = ServedDecoding(
+                self.served,
+                self.side.trunk,
+                context=self.config.data.longest_row,
+                limit_bytes=self.config.trunk.generation_bytes,
+            )
             decoding.serve(self.served.present(self.channels))
         self.side.trunk.part.train()
 

@@ -61,8 +61,10 @@ class SplitChain:
         self._open, self._tail.layout_B2 = True, self._head.layout_B2
         self._parts.link.send(header, pack_masked(smashed_BTD, mask_BT))
         packed_SD = self._parts.link.recv(Kind.DECODED, 0, micro=self._number).payload
-        if packed_SD.shape != (sum(lengths), smashed_BTD.shape[-1]):
-            raise ProtocolError(f"the trunk sent DECODED of {tuple(packed_SD.shape)} for {sum(lengths)} tokens")
+        if packed_SD.shape != (sum(lengths), smashed_BTD.shape[-1]) or packed_SD.dtype != smashed_BTD.dtype:
+            raise ProtocolError(
+                f"the trunk sent DECODED of {tuple(packed_SD.shape)}, {packed_SD.dtype} for {sum(lengths)} tokens"
+            )
         return self._parts.tail.extend(pad_masked(packed_SD, mask_BT), self._tail, mask_BT)
 
     def reorder(self, rows_B: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, List, Literal, Optional
 
 from hpc.errors import ConfigError, DataError
 from hpc.rules import require, require_at_least
@@ -37,6 +37,8 @@ class Wishes:
     """File with a prompt on each line; `{client_id}` in its name gives each client its own."""
     run_folder: Optional[str] = None
     """Output folder of a run: its configuration, and what it trained."""
+    source: Literal["auto", "adapter", "checkpoint"] = "auto"
+    """What of the run: the adapter written at its end, or its last whole checkpoint; `auto`: whichever is here."""
     client: int = 0
     """Which client of the run this is, where one process asks."""
 
@@ -45,6 +47,7 @@ class Wishes:
         require_at_least("num_beams", self.num_beams, 1)
         require_at_least("top_k", self.top_k, 0)
         require_at_least("client", self.client, 0)
+        require(0 <= self.seed < 2**32, f"--seed is {self.seed}; it must be 0 to 4294967295")
         require(self.temperature > 0, f"--temperature is {self.temperature}; it must be above 0")
         require(0 < self.top_p <= 1, f"--top_p is {self.top_p}; it must be above 0 and at most 1")
         drawn = (self.temperature, self.top_k, self.top_p) == (1.0, 50, 1.0)
@@ -59,10 +62,15 @@ class Wishes:
         return chosen | ({"stop_strings": list(self.stop)} if self.stop else {})
 
 
-def prompts_of(given: Sequence[str] | None, wishes: Wishes, client: int) -> list[str]:
-    """The prompts of one client. Raises `ConfigError` for none, `DataError` for a file that cannot be read."""
+def require_prompts(given: Sequence[str] | None, wishes: Wishes) -> None:
+    """Raise `ConfigError` unless prompts come from exactly one place: every rank knows that, also one without any."""
     if bool(given) == bool(wishes.prompt_file):
         raise ConfigError("give either --prompt TEXT [TEXT ...] or --prompt_file FILE")
+
+
+def prompts_of(given: Sequence[str] | None, wishes: Wishes, client: int) -> list[str]:
+    """The prompts of one client. Raises `ConfigError` for none, `DataError` for a file that cannot be read."""
+    require_prompts(given, wishes)
     prompts = list(given or [])
     if wishes.prompt_file:
         path = Path(wishes.prompt_file.replace("{client_id}", str(client)))

@@ -23,6 +23,7 @@ from hpc.errors import ConfigError
 
 def main(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the roles of a run have it (hpc.launcher)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the command
     own, flags = own_parser().parse_known_args(argv)
     if own.suite != "render":

@@ -19,7 +19,7 @@ from hpc.errors import ConfigError
 from hpc.link.identity import ensure_local
 from hpc.preflight import check_model
 from hpc.topology import Place, World, read_world
-from hpc.wishes import Wishes, prompts_of
+from hpc.wishes import Wishes, prompts_of, require_prompts
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
     clients = list(range(world.world_size - 1)) if world.world_size > 1 else [wishes.client]
     if max(clients) >= config.train.clients:
         config = _with_clients(config, max(clients) + 1, wishes)
+    require_prompts(given, wishes)
     if world.global_rank > 0 or world.world_size == 1:
         me = world.global_rank - 1 if world.world_size > 1 else wishes.client
         prompts = prompts_of(given, wishes, me)
@@ -39,12 +40,12 @@ def main(argv: list[str]) -> int:
     from hpc.generate import asking, for_generation, serve, split_model
 
     if world.world_size == 1:
-        with split_model(config, client=wishes.client, trained=wishes.run_folder) as model:
+        with split_model(config, client=wishes.client, trained=wishes.run_folder, wanted=wishes.source) as model:
             answer(model, prompts, wishes)
     elif world.global_rank == 0:
-        serve(for_generation(config), _place("trunk", 0, world), clients, wishes.run_folder)
+        serve(for_generation(config), _place("trunk", 0, world), clients, wishes.run_folder, wishes.source)
     else:
-        with asking(for_generation(config), _place("client", me, world), wishes.run_folder) as model:
+        with asking(for_generation(config), _place("client", me, world), wishes.run_folder, wishes.source) as model:
             answer(model, prompts, wishes)
     return 0
 

@@ -36,6 +36,9 @@ def write_folder(folder: Path, values: Mapping[str, torch.Tensor], origin: Origi
     draft.mkdir(mode=0o700)
     try:
         _fill(draft, values, origin, layout)
+    except SafetensorError as error:  # its way to say ENOSPC
+        raise OSError(str(error)) from None
+    else:
         for path in draft.iterdir():
             path.chmod(0o600)
         draft.chmod(0o755)

@@ -33,6 +33,8 @@ def write_merged(
     from transformers import AutoModelForCausalLM
 
     resolver = resolve(origin.model)
+    if resolver.gguf is not None:
+        raise ConfigError(f"--merge: {resolver} is a GGUF file; merge into the model's safetensors folder instead")
     base = AutoModelForCausalLM.from_pretrained(resolver.name_or_path, dtype=torch.float32)
     model = _with_lora(base, adapter) if origin.adapter.method == "lora" else _with_values(base, values)
     model.to(dtype).save_pretrained(folder)

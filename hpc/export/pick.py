@@ -132,7 +132,9 @@ def _trunk_parameters(folder: Path, config: Config, client: int) -> dict[str, to
     if config.train.schedule == CENTRALISED or "trunk" not in config.adapter.parts:
         return {}
     if config.train.schedule == "replica":
-        return _parameters(folder, f"trunk-{client % config.trunk.ranks}", f"replica-{client}/")
+        own = f"replica-{client}/"  # in whichever rank's file: ranks may have been others then
+        found = [_parameters(folder, path.stem, own) for path in sorted(folder.glob("trunk-*.safetensors"))]
+        return next((values for values in found if values), {})
     return _parameters(folder, "trunk")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def save_client_adapter(
 def save_centralised_adapter(folder: Path, config: Config, trained: Mapping[str, torch.Tensor]) -> None:
     """Write `adapter/centralised`: what the uncut model learned."""
     _write(folder, "centralised", config, Layout.of(config.model, config.adapter), portable(trained))
+
+
+def forget_adapter(run: Path, role: str) -> None:
+    """A run that trains again has no adapter until its end: the one of an earlier end would pass for it."""
+    shutil.rmtree(run / FOLDER / role, ignore_errors=True)
 
 
 def _write(run: Path, role: str, config: Config, layout: Layout, values: Mapping[str, torch.Tensor]) -> None:

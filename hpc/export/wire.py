@@ -63,6 +63,8 @@ def receive_trunk_adapter(link: TrunkLink, layout: Layout) -> dict[str, torch.Te
     for number, name in enumerate(names):
         frame = link.recv_next(_KIND)
         values[name] = frame.payload
+        if frame.header.shape != due.get(name, frame.header.shape):  # now: the others may be gigabytes
+            _refuse(f"{name} has shape {frame.header.shape}; due: {due[name]}")
         if frame.header.micro != number or frame.header.dtype != torch.float32:
             raise ProtocolError(
                 f"the trunk sent tensor {frame.header.micro} of its adapter in {frame.header.dtype}; due: {number} "
@@ -73,9 +75,11 @@ def receive_trunk_adapter(link: TrunkLink, layout: Layout) -> dict[str, torch.Te
 
 
 def _names(frame: Frame) -> list[str]:
+    if frame.header.dtype != torch.uint8:
+        raise ProtocolError(f"the trunk sent names of its adapter in {frame.header.dtype}; due: bytes")
     try:
         names = json.loads(frame.payload.numpy().tobytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"the trunk sent names of its adapter that are not JSON ({error})") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ProtocolError("the trunk sent names of its adapter that are not a list of different names")

@@ -103,6 +103,7 @@ class ContinuedLM(PreTrainedModel, GenerationMixin):
         if folder is not None:
             with suppress(OSError):  # a model without defaults of its own
                 self.generation_config = GenerationConfig.from_pretrained(folder)
+        self.generation_config.cache_implementation = None  # the cache is the chain
         self.eval()
 
     @property
@@ -123,6 +124,8 @@ class ContinuedLM(PreTrainedModel, GenerationMixin):
         mask_BT = kwargs.pop("attention_mask", None)
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         self._check(ids_BT, mask_BT, kwargs)
+        # Said aloud: a model's own defaults may switch it off.
+        kwargs["use_cache"] = True
         cache = ChainCache(self._open_chain)
         try:
             # Not through super(), whose annotation of `self` is a protocol that no class can name.
@@ -148,6 +151,12 @@ class ContinuedLM(PreTrainedModel, GenerationMixin):
         if room is not None and longest >= room:
             raise ConfigError(
                 f"the prompt has {longest} tokens; the model's context of {room} leaves no room to continue it"
+            )
+        new = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens
+        if room is not None and new and longest + new - 1 > room:
+            raise ConfigError(
+                f"the prompt has {longest} tokens; {new} new ones exceed the model's context of {room}: ask for at "
+                f"most {room - longest + 1} (max_new_tokens), or shorten the prompt"
             )
 
     def forward(

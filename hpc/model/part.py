@@ -86,6 +86,12 @@ class Part(nn.Module):
         return self.anatomy.kv_shapes[self.spec.first : self.spec.last]
 
     @property
+    def kv_bytes(self) -> int:
+        """Of one token's keys and values in all blocks of the part."""
+        values = sum(heads * (key + value) for heads, key, value in filter(None, self.kv_shapes))
+        return values * next((p.dtype.itemsize for p in self.parameters() if p.is_floating_point()), 4)
+
+    @property
     def _entry(self) -> nn.Module | None:
         """The first module that reads the hidden states; none where the stack ends with its (absent) blocks."""
         if len(self.blocks):

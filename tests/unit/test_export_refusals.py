@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hpc.config import ModelConfig
@@ -153,3 +154,18 @@ def test_a_full_disk_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("hpc.export.save.write_folder", full)
     assert len(run_split(tiny("lora"), tmp_path).losses) == 2
     assert [r.message for r in caplog.records if "client-0 was not written" in r.message and "No space" in r.message]
+
+
+def test_a_full_disc_does_not_end_a_run_that_has_come_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """safetensors has an error of its own for it."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("hpc.export.folder.save_file", full)
+    config = tiny("lora")
+    run_split(config, tmp_path)
+    assert not (tmp_path / "adapter" / "client-0").exists()
+    assert "was not written: I/O error: No space left" in caplog.text

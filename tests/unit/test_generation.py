@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from hpc.config import AdapterConfig, Config, DataConfig, ModelConfig, TrainConfig
 from hpc.data.dataset import load_client_data
-from hpc.errors import ConfigError, LinkError
+from hpc.errors import ConfigError, LinkError, PeerLost
 from hpc.link.channel import Channel
 from hpc.link.frame import Header
 from hpc.link.kinds import Kind
@@ -315,3 +316,42 @@ def values_of(client: int, outcome: Outcome) -> dict[str, torch.Tensor]:
         n.removeprefix(replica): v for n, v in outcome.trained.items() if not n.startswith("replica-") or replica in n
     }
     return {**trunk, **own}
+
+
+def test_one_who_asks_often_does_not_starve_one_who_has_finished() -> None:
+    """The finished client waits longer than its deadline, and hears that it goes on."""
+    for served in serving(tiny(), 2, timeout_s=1.5):
+        served.chains[1].enough()
+        done = threading.Event()
+
+        def ask(served: Serving = served, done: threading.Event = done) -> None:
+            end = time.monotonic() + 4
+            while time.monotonic() < end:
+                served.models[0].generate(**prompts(3), max_new_tokens=4, pad_token_id=256)
+            done.set()
+            served.chains[0].enough()
+
+        threading.Thread(target=ask, daemon=True).start()
+        with pytest.raises(PeerLost):  # as nobody says goodbye here
+            served.channels[1].recv(Kind.BYE)
+        assert done.is_set()
+
+
+def test_a_models_own_defaults_cannot_switch_the_cache_off(two: Serving) -> None:
+    model = two.models[0]
+    model.generation_config.use_cache = model.config.use_cache = False
+    split, plain = both(two, prompts(4, 6), do_sample=False)
+    assert torch.equal(split, plain)
+
+
+def test_more_keys_and_values_than_agreed_are_refused() -> None:
+    for served in serving(tiny(), 1, limit_bytes=30 * 512):  # 2 blocks x (16 keys + 16 values) x 2 heads x 4 bytes
+        begin(served.channels[0])
+        served.channels[0].send(Header(kind=Kind.DECODE, micro=1, lengths=(14, 13)), hidden(27))
+        with pytest.raises(LinkError, match=r"32 tokens; --trunk.generation_gib leaves room for 30"):
+            served.channels[0].recv(Kind.DECODED)
+
+
+def test_tokens_beyond_the_context_are_refused_before_any_is_made(two: Serving) -> None:
+    with pytest.raises(ConfigError, match=r"2040 tokens; 20 new ones exceed .* 2048: ask for at most 9"):
+        two.models[0].generate(**prompts(2040), max_new_tokens=20, pad_token_id=256)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
+from hpc.ask import encode
 from hpc.errors import BadInput, ConfigError, DataError
+from hpc.source.tiny import tiny_llama_folder
 from hpc.wishes import Wishes, prompts_of
 
 
@@ -47,3 +52,14 @@ def test_a_line_of_a_file_is_a_prompt_and_each_client_may_have_its_own(tmp_path:
 def test_prompts_come_from_one_place_and_are_not_empty(given: Any, file: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prompts_of(given, Wishes(prompt_file=file), 0)
+
+
+def test_a_model_without_a_chat_template_or_padding_says_so() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder(seed=0))
+    model: Any = SimpleNamespace(tokenizer=tokenizer, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="no chat template"):
+        encode(model, ["a"], chat=True)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    assert encode(model, ["a b"])[0].shape == (1, 3)  # a token for each byte
+    with pytest.raises(ConfigError, match="no token to pad with"):
+        encode(model, ["a", "b c"])
