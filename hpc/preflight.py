@@ -16,6 +16,7 @@ from hpc.errors import ConfigError
 from hpc.quantizer import require_quantizer
 from hpc.schedule import total_steps
 from hpc.source.cut import Cut, PartKind
+from hpc.source.published_prefix import published_prefix
 from hpc.source.resolve import cut_of, read_config, resolve
 from hpc.trunk_config import read_deepspeed_json, zero_stage
 
@@ -42,6 +43,7 @@ def check(config: Config, *, coordinates: bool = True) -> None:
 def check_model(config: Config) -> None:
     """Raise a `BadInput` error for a model that is not there, or that cannot be cut or trained as asked."""
     raw_config = read_config(resolve(config.model))
+    published_prefix(config.adapter, raw_config)
     _check_something_learns(config, cut_of(config.model, raw_config))
     _check_tied(config, bool(raw_config.get("tie_word_embeddings", False)))
 

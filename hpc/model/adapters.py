@@ -113,7 +113,7 @@ class Prefix(nn.Module):
         self.dtype = part.model.dtype  # of its first floating-point parameter: quantised ones are integers
         width = self.kv_heads * self.head_dim
         self.encoders = nn.ModuleDict()
-        for kind, first, last in _sections(part, cut):
+        for kind, first, last in sections(part, cut):
             encoder = PrefixEncoder(
                 PrefixTuningConfig(
                     task_type="CAUSAL_LM",
@@ -179,7 +179,8 @@ def _repeat(groups_HPK: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Te
     return expanded[0] if len(expanded) == 1 else torch.cat(expanded)
 
 
-def _sections(part: Part, cut: Cut) -> list[tuple[PartKind, int, int]]:
+def sections(part: Part, cut: Cut) -> list[tuple[PartKind, int, int]]:
+    """The parts of the cut whose blocks this part has, with the first of them and the one behind the last."""
     kinds: tuple[PartKind, ...] = ("head", "trunk", "tail") if part.spec.kind == "whole" else (part.spec.kind,)
     specs = [cut.part(kind) for kind in kinds]
     return [(s.kind, s.first, s.last) for s in specs if s.blocks]

@@ -22,6 +22,8 @@ def load_hf_config(resolver: FileResolver) -> Any:
             ) from None
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(f"{resolver} is not a model that transformers knows: {first_line}") from None
+    if getattr(config, "pre_seq_len", None):
+        config.pre_seq_len = None  # an adapter, not a part of the model (hpc.source.published_prefix)
     return config
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from hpc.config import AdapterConfig
+from hpc.config import AdapterConfig, Config, ModelConfig
+from hpc.errors import ConfigError
 from hpc.model.adapters import Prefix, attach_adapter
+from hpc.model.build import ModelBuilder
 from hpc.model.chatglm.prefix import prefix_of_blocks
 from hpc.model.part import Part
 from hpc.model.pretrained import load_hf_config
@@ -22,6 +25,7 @@ from hpc.source.files import FileResolver
 GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden" / "chatglm"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs shared/golden/chatglm beside the repository")
 
+MODEL = ModelConfig(name_or_path=str(GOLDEN / "prefix"))
 LAYOUT_B2 = torch.tensor([[7, 8], [4, 5], [10, 11]])  # of the recorded rows: mask token's place, context length
 KINDS: tuple[PartKind, ...] = ("head", "trunk", "tail")
 LOGIT, GRADIENT = 2e-6, 2e-7  # as in test_chatglm.py
@@ -86,3 +90,17 @@ def take_share(part: Part, cut: Cut, published: dict[str, torch.Tensor]) -> torc
     encoder.load_state_dict(prefix_of_blocks(published, first=part.spec.first, last=part.spec.last, hidden_size=48))
     table: torch.Tensor = encoder.embedding.weight
     return table
+
+
+@pytest.mark.parametrize("kinds", [KINDS, ("whole",)], ids=["cut", "whole"])
+def test_a_published_prefix_is_what_the_adapter_starts_from(kinds: tuple[PartKind, ...]) -> None:
+    golden = load_file(GOLDEN / "prefix" / "expected.safetensors")
+    builder = ModelBuilder.of(Config(model=MODEL, adapter=AdapterConfig(method="p_tuning_v2", num_virtual_tokens=5)))
+    parts = [builder.part(kind, adapted=False) for kind in kinds]  # it belongs to the model
+    run_and_backward(parts, golden)
+
+
+@pytest.mark.parametrize("adapter", [{}, {"method": "p_tuning_v2"}, {"method": "p_tuning_v2", "parts": ["trunk"]}])
+def test_a_published_prefix_cannot_be_left_out_unsaid(adapter: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"v2 prefix of 5 tokens .* --adapter.num_virtual_tokens 5"):
+        ModelBuilder.of(Config(model=MODEL, adapter=AdapterConfig(**adapter)))
