@@ -7,6 +7,7 @@ launch/generate.py` (or srun, mpirun) makes rank 0 the trunk and the others clie
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from hpc.wishes import Wishes, prompts_of, require_prompts
 def main(argv: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: OpenMP reads it once
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the trunk that this starts does not outlive it
     config, wishes, given = read(argv)
     world = read_world(os.environ)
     clients = list(range(world.world_size - 1)) if world.world_size > 1 else [wishes.client]

@@ -9,7 +9,9 @@ Steps count from 1; step 0 stands for "before training". All durations are secon
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -26,6 +28,8 @@ TRUNK_SECONDS = ("trunk", "seal", "open", "wire", "wait", "total")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 Event = dict[str, Any]
+
+_log = logging.getLogger("hpc")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -151,6 +155,7 @@ class EventLog:
         self.path = Path(path)
         self.role = role or self.path.parent.name
         self._file: TextIO | None = None
+        self._warned = False
 
     def write(self, event: AnyEvent) -> None:
         self.note(event.name, **asdict(event))
@@ -164,9 +169,17 @@ class EventLog:
         `checkpoint_failed` (step, why): from any role, there is no checkpoint after `step`.
         """
         line = {"event": name, "time": time.time(), "role": self.role, **fields}
-        self._file = self._file or self._open()
-        self._file.write(json.dumps(encode(line), allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file = self._file or self._open()
+            self._file.write(json.dumps(encode(line), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disc costs events, not the run
+            if not self._warned:
+                _log.warning("events of %s are lost: %s cannot be written (%s)", self.role, self.path, error)
+            self._warned = True
+            with contextlib.suppress(OSError):
+                self.close()
+            self._file = None  # opened anew, it loses the line that was cut
 
     def _open(self) -> TextIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 from hpc.report import events as e
 
 
@@ -113,3 +115,15 @@ def test_roles_come_trunk_first_and_by_number(tmp_path: Path) -> None:
     for role in ("baseline", "client-10", "client-9", "trunk-0"):
         e.EventLog(e.role_path(tmp_path, role)).write(e.Started())
     assert list(e.role_files(tmp_path)) == ["trunk-0", "client-9", "client-10", "baseline"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_full_disc_costs_events_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "trunk-0" / e.FILE_NAME
+    with e.EventLog(path) as log:
+        log.note("before")
+        log._file = Path("/dev/full").open("a")  # noqa: SIM115  # the log closes it
+        log.note("lost")
+        log.note("after")
+    assert [event["event"] for event in e.read_events(path)] == ["before", "after"]
+    assert caplog.text.count("events of trunk-0 are lost") == 1
