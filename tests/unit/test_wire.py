@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pickletools
 import struct
 from pathlib import Path
@@ -114,5 +115,15 @@ def test_no_pickle_in_the_source() -> None:
     package = Path(__file__).resolve().parents[2] / "hpc"
     for path in package.rglob("*.py"):
         text = path.read_text()
-        for word in ("import pickle", "torch.load", "torch.save", "_object(", "_object_list("):
+        for word in ("import pickle", "torch.save", "_object(", "_object_list("):
             assert word not in text, f"{path.name}: {word}"
+
+
+def test_published_weights_are_all_that_is_unpickled_and_only_as_tensors() -> None:
+    package = Path(__file__).resolve().parents[2] / "hpc"
+    for path in package.rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        loads = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+        assert not loads or path == package / "model" / "shards" / "torch_bin.py", path
+        for call in loads:
+            assert "weights_only=True" in [ast.unparse(keyword) for keyword in call.keywords], path

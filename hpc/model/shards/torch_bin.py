@@ -7,9 +7,9 @@ PyTorch 1.6 has no such table; such a file is read whole, and what is not owned 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class TorchBinShard:
 def _load(path: Path, *, map_location: str) -> Any:
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         if "weights_only" not in str(error).lower().replace(" ", "_"):
             raise _broken(path, error) from None
         raise ModelError(
