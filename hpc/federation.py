@@ -54,6 +54,8 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
 
     meeting = Rendezvous(place, config)
     folder = Path(meeting.output_folder())
+    # Told before the first link opens: whoever is linked must not wait for it while another client is refused.
+    start, attempt = meeting.take_up(folder)
     channels: dict[int, Channel] = {}
     with closing_links(channels), lost_if_broken("another trunk rank is gone or silent"):
         for client_id in clients_of_trunk_rank(place.index, config):
@@ -66,7 +68,6 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
         group = TrunkGroup(place.index, config.trunk.ranks, trunk_patience_s(config))
         part = builder.part("trunk")
         keys_read = len(builder.source.keys_read)
-        start, attempt = meeting.take_up(folder)
         trunk, facts = build_trunk(
             part, config, rank=place.index, device=device, folder=folder, start=start, attempt=attempt
         )
