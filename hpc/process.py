@@ -12,6 +12,7 @@ import torch
 from hpc.config import Config
 from hpc.errors import ConfigError
 from hpc.launcher import THREADS
+from hpc.quantizer import leave_out_unless
 from hpc.quiet import hush
 from hpc.topology import Place
 
@@ -30,6 +31,7 @@ def prepare_process(config: Config, place: Place) -> None:
         torch.cuda.set_device(device)
     logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s {place.name}: %(message)s", stream=sys.stderr)
     hush()
+    leave_out_unless(config.trunk.quantization)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -122,7 +122,7 @@ def test_killed_while_saving_and_resumed_equals_uninterrupted(keys: Path, tmp_pa
     whole = local(tmp_path / "whole", keys, *flags).summary
     folder, draw = tmp_path / "cut", random.Random(0)
     resume: tuple[str, ...] = ()
-    for _ in range(3):
+    for _ in range(2):
         kill_while_saving(start(folder, keys, *flags, *resume), folder, draw.uniform(0, 0.02))
         assert committed_steps(folder)
         resume = RESUME
