@@ -3,7 +3,10 @@
 PYTHON ?= python3
 # SLOW=0 leaves out the tests that take more than some seconds.
 SLOW ?= 1
-CHOICE := $(if $(filter 0,$(SLOW)),-m "not slow")
+# LONG=1 adds tests in real processes whose like is tested without.
+LONG ?= 0
+LEFT_OUT := $(if $(filter 0,$(SLOW)),slow or) $(if $(filter 1,$(LONG)),nothing,long)
+CHOICE := -m "not ($(LEFT_OUT))"
 JOBS ?= $(shell nproc)
 BIN := .venv/bin
 STAMP := .venv/.installed

@@ -136,7 +136,7 @@ def test_mpi_gives_the_same_bits(losses: list[float], keys: Path, tmp_path: Path
     assert summary["losses"] == losses
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.long), 2, 3])
 def test_two_trunk_ranks_and_every_zero_stage(
     stage: int, reference: Finished, losses: list[float], keys: Path, tmp_path: Path
 ) -> None:
@@ -149,7 +149,7 @@ def test_two_trunk_ranks_and_every_zero_stage(
         torch.testing.assert_close(adapter_of(tmp_path, client), adapter_of(reference.folder), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("ranks", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_serial_hands_the_parts_on(ranks: str, keys: Path, tmp_path: Path) -> None:
     serial = local(tmp_path / "s", keys, *STEPS, "--train.schedule", "serial", "--trunk.ranks", ranks).summary
     order = ("--train.schedule", "centralised", "--train.order", "sequential")
@@ -349,7 +349,7 @@ def test_a_killed_client_ends_the_run_and_leaves_no_process(keys: Path, tmp_path
     assert not left
 
 
-@pytest.mark.parametrize("schedule", ["client_batch", "serial"])
+@pytest.mark.parametrize("schedule", ["client_batch", pytest.param("serial", marks=pytest.mark.long)])
 def test_killed_and_resumed_equals_uninterrupted(schedule: str, keys: Path, tmp_path: Path) -> None:
     flags = ("--train.max_steps", "12", "--train.save_every", "4", "--train.schedule", schedule)
     whole = local(tmp_path / "whole", keys, *flags).summary

@@ -43,7 +43,11 @@ def zero(stage: int) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     "flags",
-    [("--trunk.ranks", "2"), ("--trunk.ranks", "2", *zero(2)), ("--link.transport", "mpi")],
+    [
+        pytest.param(("--trunk.ranks", "2"), marks=pytest.mark.long),
+        ("--trunk.ranks", "2", *zero(2)),
+        ("--link.transport", "mpi"),
+    ],
     ids=["two ranks", "two ranks, ZeRO 2", "MPI"],
 )
 def test_pipelined_equals_client_batch(
