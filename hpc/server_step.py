@@ -8,6 +8,7 @@ valid tokens of one client.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -27,7 +28,7 @@ from hpc.server_sum import ServedSum
 _CAUSES = ("activations", "loss", "gradient")  # what of a client is not finite; the place is the code
 
 
-class ServedStep:
+class ServedStep(ABC):
     """Carries out one step's program; keeps what lies between its instructions."""
 
     def __init__(self, side: ServerSide, order: TrainStep) -> None:
@@ -73,9 +74,9 @@ class ServedStep:
                     self._step()
         return None
 
+    @abstractmethod
     def decisions(self) -> Mapping[int, Decision]:
         """What was decided for each client; with shared trunk values, the same for all."""
-        raise NotImplementedError
 
     # What comes
 
@@ -242,27 +243,33 @@ class ServedStep:
 
     # What the schedules do in their own way
 
+    @abstractmethod
     def _know_weights(self) -> None:
-        raise NotImplementedError
+        """What follows from the label tokens of all clients, before the forward pass."""
 
+    @abstractmethod
     def _divisor(self, client: int) -> float:
         """What the client divides its loss sum by."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run_forward(self, batch: tuple[Micro, ...], smashed_BTD: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """`trunk_out_BTD` of these rows."""
 
+    @abstractmethod
     def _run_backward(self, batch: tuple[Micro, ...], grad_BTD: torch.Tensor) -> torch.Tensor | None:
-        raise NotImplementedError
+        """`grad_smashed_BTD`, or None unless the client heads learn."""
 
+    @abstractmethod
     def _agree(self) -> None:
-        raise NotImplementedError
+        """Norms and decisions, with the other trunk ranks."""
 
+    @abstractmethod
     def _send_step(self, client: int) -> None:
-        raise NotImplementedError
+        """Tell a client what was decided."""
 
+    @abstractmethod
     def _step(self) -> None:
-        raise NotImplementedError
+        """Step, or leave the step out."""
 
     def _decide(self, scaled_norm: float, scale: float) -> Decision:
         side, step = self._side, self._order.step
