@@ -162,6 +162,12 @@ class LinkConfig:
     """Folder of the identities: own private key, server.pem, authorized_clients/, revoked/."""
     port: int = 0
     """TCP port of the rendezvous store; 0: a free one, or the launcher's."""
+    interface: str = ""
+    """Network interface of the links (such as `eth0` or `ib0`), or an address of this machine. Empty: the one that leads
+    to trunk rank 0."""
+    rendezvous: str = ""
+    """A folder that all roles share, to find each other through a file in it instead of a TCP store, where the port of
+    trunk rank 0's machine cannot be reached. Empty: a TCP store."""
 
     def __post_init__(self) -> None:
         require(1 / 256 <= self.chunk_mib <= 1024, f"--link.chunk_mib is {self.chunk_mib}; it must be 0.004 to 1024")
@@ -229,6 +235,11 @@ class RunConfig:
     """CPU threads of each process; 0: all cores, or its share where launch/local.py starts all roles on one machine."""
     baseline_steps: int = 0
     """Train so many steps of the uncut model beside the run, step by step in turn, to compare time and loss."""
+    client_restarts: int = 0
+    """Start a client that died again, so many times at most (launch/local.py and slurm/train.sh; with
+    `train.min_clients`, so that the others go on meanwhile)."""
+    grace_s: float = 60.0
+    """After SIGUSR1 or SIGTERM: longest time for the step under way and a checkpoint (seconds), then the role ends."""
     save_adapter: bool = True
     """At the end, each client gets the trunk's part of the adapter and writes all of it to adapter/client-<k>/."""
 
@@ -243,6 +254,8 @@ class RunConfig:
         )
         require_at_least("run.threads", self.threads, 0)
         require_at_least("run.baseline_steps", self.baseline_steps, 0)
+        require_at_least("run.client_restarts", self.client_restarts, 0)
+        require(self.grace_s > 0, f"--run.grace_s is {self.grace_s}; it must be above 0")
 
     @property
     def folder(self) -> str | None:
@@ -288,6 +301,11 @@ class Config:
             f"--data.evaluate_by generation with --trunk.ranks {self.trunk.ranks}: each rank answers its own clients "
             "for as long as they ask, while the others wait for it; use one trunk rank, or --data.evaluate_by "
             "likelihood",
+        )
+        require(
+            self.run.client_restarts == 0 or self.train.min_clients > 0,
+            f"--run.client_restarts {self.run.client_restarts} needs --train.min_clients: without it the run ends with "
+            "the first client that dies",
         )
         require(
             self.train.early_stopping_patience == 0 or self.data.evaluates,

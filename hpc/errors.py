@@ -71,3 +71,9 @@ class PeerLost(LinkError):
 
 class NonFinite(HpcError):
     """A loss or gradient is NaN or infinite; names the client and the step."""
+
+
+class Paused(HpcError):
+    """Asked to stop, the run wrote a checkpoint and ended; it can go on from there. EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
