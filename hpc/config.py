@@ -163,7 +163,7 @@ class LinkConfig:
     port: int = 0
     """TCP port of the rendezvous store; 0: a free one, or the launcher's."""
     interface: str = ""
-    """Network interface of the links (such as `eth0` or `ib0`), or an address of this machine. Empty: the one that leads
+    """Network interface of the links (such as `ib0`), or an address of this machine. Empty: the one that leads
     to trunk rank 0."""
     rendezvous: str = ""
     """A folder that all roles share, to find each other through a file in it instead of a TCP store, where the port of
