@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from hpc.config import Config
 from hpc.errors import HpcError, LinkError, Paused, TopologyError
+from hpc.nurslings import Nursery, Process, roles_can_be_forked
 from hpc.schedule import total_steps
 from hpc.topology import World
 from hpc.turns import TURNS, Ring
@@ -29,6 +31,8 @@ POLL_S = 0.05
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAST_WORDS, STORE_FD, BASELINE, THREADS = "HPC_LAST_WORDS", "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
+
+Start = Callable[[Mapping[str, str], tuple[int, ...]], Process]  # a role's own variables, open files to hand down
 
 
 class RoleFailed(HpcError):
@@ -51,27 +55,38 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
         if compares:
             environ[TURNS] = _ring(config, "run").to_json()
         command = [sys.executable, str(script), *arguments]
-        if config.link.transport == "mpi":
-            clients: list[subprocess.Popen[bytes]] = []  # an MPI job ends with any of its processes
-            listener.close()  # mpirun passes no open file on; rank 0 binds the port again
-            if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
-                environ["TERM"] = "dumb"
-            processes = [_start([*mpirun(config.world_size), *command], environ)]
-        else:
-            processes = _start_ranks(config, command, environ, listener)
-            clients = processes[config.trunk.ranks :]
-        least = config.train.min_clients
-        if compares:
-            own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
-            processes.append(_start(command, {**environ, **own}))
-        mpi = config.link.transport == "mpi"  # mpirun passes the signal on
-        pausing = _Pausing(processes[:1] if mpi else processes[: config.trunk.ranks])
+        start: Start = partial(_start_by_itself, command, environ)
+        nursery: Nursery | None = None
+        processes: list[Process] = []
+        # mpirun passes the signal on to all ranks
+        pausing = _Pausing(lambda: processes[: 1 if config.link.transport == "mpi" else config.trunk.ranks])
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, pausing.ask)
         try:
+            if config.link.transport == "mpi":
+                clients: Sequence[Process] = []  # an MPI job ends with any of its processes
+                listener.close()  # mpirun passes no open file on; rank 0 binds the port again
+                if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
+                    environ["TERM"] = "dumb"
+                processes.append(_start([*mpirun(config.world_size), *command], environ))
+            else:
+                if roles_can_be_forked(config, environ):
+                    nursery = _nursery(config, script, arguments, environ, listener)
+                    start = nursery.start
+                processes += _start_ranks(config, start, listener)
+                clients = processes[config.trunk.ranks :]
+            least = config.train.min_clients
+            if compares:
+                processes.append(start({BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}, ()))
             _watch(processes, Path(words), clients if least else [], least)
+        except RoleFailed:
+            if nursery is not None and nursery.death is not None:
+                raise RoleFailed(nursery.death, 1) from None
+            raise
         finally:
             _stop(processes)
+            if nursery is not None:
+                nursery.close()
 
 
 @contextmanager
@@ -148,16 +163,17 @@ def mpirun(processes: int) -> list[str]:
 class _Pausing:
     """What `timeout`, torchrun or a job scheduler asks for: a checkpoint, and the end; asked again, the end at once."""
 
-    def __init__(self, trunk: list[subprocess.Popen[bytes]]) -> None:
+    def __init__(self, trunk: Callable[[], Sequence[Process]]) -> None:
         self._trunk, self._asked = trunk, False
 
     def ask(self, number: int, frame: object) -> None:
-        if self._asked:
+        running = [process.pid for process in self._trunk() if process.pid is not None and process.poll() is None]
+        if self._asked or not running:
             raise RoleFailed(f"ended by {signal.Signals(number).name}", 128 + number)
         self._asked = True
-        for process in self._trunk:
+        for pid in running:
             with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGUSR1)
+                os.kill(pid, signal.SIGUSR1)
 
 
 def _listen(port: int) -> socket.socket:
@@ -172,13 +188,18 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _start_ranks(
-    config: Config, command: list[str], environ: dict[str, str], listener: socket.socket
-) -> list[subprocess.Popen[bytes]]:
+def _nursery(
+    config: Config, script: Path, arguments: list[str], environ: dict[str, str], listener: socket.socket
+) -> Nursery:
+    command = [sys.executable, str(script.with_name("nursery.py"))]
+    kind, open_files = config.trunk.quantization, (listener.fileno(),)
+    return Nursery(command, script, arguments, environ, quantization=kind, hand_down=open_files)
+
+
+def _start_ranks(config: Config, start: Start, listener: socket.socket) -> list[Process]:
     processes, count = [], config.world_size
     for rank in range(count):
         own = {
-            **environ,
             **cpu_share(config, rank),
             "RANK": str(rank),
             "WORLD_SIZE": str(count),
@@ -187,17 +208,21 @@ def _start_ranks(
         hand_down = (listener.fileno(),) if rank == 0 else ()
         if rank == 0:
             own[STORE_FD] = str(listener.fileno())
-        processes.append(_start(command, own, hand_down))
+        processes.append(start(own, hand_down))
     return processes
+
+
+def _start_by_itself(
+    command: list[str], environ: Mapping[str, str], own: Mapping[str, str], hand_down: tuple[int, ...]
+) -> Process:
+    return _start(command, {**environ, **own}, hand_down)
 
 
 def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environ, pass_fds=hand_down, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def _watch(
-    processes: list[subprocess.Popen[bytes]], words: Path, spared: list[subprocess.Popen[bytes]], least: int
-) -> None:
+def _watch(processes: Sequence[Process], words: Path, spared: Sequence[Process], least: int) -> None:
     """Until all have ended well, or one has failed and the others have had their time to end.
 
     Of those `spared`, some may fail as long as `least` are left.
@@ -218,16 +243,14 @@ def _watch(
         print(f"without harm to the run: {path.read_text().partition(chr(10))[2]}", file=sys.stderr)
 
 
-def _fatal(
-    processes: list[subprocess.Popen[bytes]], spared: list[subprocess.Popen[bytes]], least: int
-) -> list[subprocess.Popen[bytes]]:
+def _fatal(processes: Sequence[Process], spared: Sequence[Process], least: int) -> list[Process]:
     """The processes whose failure ends the run."""
     failed = [process for process in processes if process.poll()]
     left = sum(process not in failed for process in spared)
     return [process for process in failed if process not in spared or left < least]
 
 
-def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
+def _cause(failed: Sequence[Process], words: Path) -> RoleFailed:
     """The first role's last words, bad input before anything else, since the others only tell of its end."""
     said = []
     for path in sorted(words.glob("*.txt"), key=lambda p: p.stat().st_mtime_ns):
@@ -236,22 +259,21 @@ def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
     if said:
         # The trunk knows more than a client that only lost it, and bad input is the cause of anything else.
         return min(said, key=lambda each: (each.exit_code != 2, not str(each).startswith("trunk")))
-    status: int = failed[0].returncode
+    status = failed[0].returncode or 0
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
     return RoleFailed(f"a process of the run {how} without a word; see above for what it printed", 1)
 
 
-def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+def _stop(processes: Sequence[Process]) -> None:
     """No role outlives the command: end, then kill, each with its whole process group. SIGTERM would only pause it."""
     for number in (signal.SIGHUP, signal.SIGKILL):
-        alive = [process for process in processes if process.poll() is None]
-        for process in alive:
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:
-                continue
+        # One that is yet to be forked ends with the nursery.
+        alive = {process.pid: process for process in processes if process.poll() is None and process.pid is not None}
+        for pid in alive:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, number)
         deadline = time.monotonic() + 3
-        while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
+        while any(process.poll() is None for process in alive.values()) and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
 

@@ -88,6 +88,8 @@ FLOORS = {
     "hpc.reception": 3,
     "hpc.rendezvous": 5,
     "hpc.launcher": 5,
+    "hpc.nursery": 5,
+    "hpc.nurslings": 5,
     "hpc.preflight": 5,
     "hpc.process": 5,
     "hpc.turns": 5,
