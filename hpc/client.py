@@ -122,7 +122,8 @@ class Client:
         self.link.send(Header(kind=Kind.READY, flags=NEEDS_STATE if asks else 0), told)
         if asks or self.train.clients_meet:
             self._send_key(step=0)
-        while (frame := self.link.recv_next(Kind.PEER_KEY, Kind.HANDOVER, Kind.READY)).header.kind is not Kind.READY:
+        due, patience_s = (Kind.PEER_KEY, Kind.HANDOVER, Kind.READY), self.config.link.start_patience_s
+        while (frame := self.link.recv_next(*due, patience_s=patience_s)).header.kind is not Kind.READY:
             if frame.header.kind is Kind.PEER_KEY:
                 self._peers().add(frame.payload.numpy().tobytes())
             else:

@@ -264,5 +264,6 @@ def role_order(role: str) -> tuple[int, str, int]:
 
 def role_files(folder: str | Path) -> dict[str, Path]:
     """Role → its event file, for the roles whose files are in `folder`, in reporting order."""
-    found = {path.parent.name: path for path in (Path(folder) / "roles").glob(f"*/{FILE_NAME}")}
+    paths = (Path(folder) / "roles").glob(f"*/{FILE_NAME}")
+    found = {path.parent.name: path for path in paths if path.is_file()}
     return {role: found[role] for role in sorted(found, key=role_order)}
