@@ -5,6 +5,7 @@ Nothing here knows of links or of DeepSpeed. Shape suffixes: B rows, T tokens, L
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions
 from hpc.source.cut import Cut
 
 ROLE = "centralised"
+
+_log = logging.getLogger("hpc")
 
 
 class Centralised:
@@ -164,6 +167,7 @@ class Centralised:
                     matched=self._matches(data) if self.config.data.decodes else None,
                 )
             )
+        _log.info("evaluation after step %d: done", step)
         self.model.train()
 
     def _matches(self, data: ClientData) -> int:

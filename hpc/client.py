@@ -5,6 +5,7 @@ Text, labels, logits and loss never leave this process. One training step is in 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,8 @@ from hpc.smashed_cache import CacheBook
 from hpc.split_chain import SplitChains
 from hpc.stopwatch import Stopwatch
 from hpc.trunk_link import TrunkLink
+
+_log = logging.getLogger("hpc")
 
 
 class Client:
@@ -233,6 +236,7 @@ class Client:
             part.train()
         loss_sum = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
         self._patience.take(loss_sum / label_tokens if label_tokens else math.nan)
+        _log.info("evaluation after step %d: %d of %d right", step, correct, total)
         self.log.write(
             Evaluation(
                 step=step, correct=correct, total=total, loss_sum=loss_sum, label_tokens=label_tokens, matched=matched

@@ -1,7 +1,6 @@
 """One process a role on this machine: start them, watch them, end them together. Imports no torch.
 
-Used when the whole federation is started from one command. A role that fails writes its last words into a file of a
-private folder, so that the user sees one line, the cause, instead of every role's echo of it.
+Used when the whole federation is started from one command. Why roles end, they tell through `hpc.last_words`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hpc.config import Config
-from hpc.errors import HpcError, LinkError, TopologyError
+from hpc.errors import LinkError, TopologyError
+from hpc.last_words import LAST_WORDS, RoleFailed, cause, ending, last_words
 from hpc.schedule import total_steps
 from hpc.topology import World
 from hpc.turns import TURNS, Ring
@@ -28,15 +28,7 @@ GRACE_S = 15.0  # for the others to notice a dead role and end by themselves
 POLL_S = 0.05
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAST_WORDS, STORE_FD, BASELINE, THREADS = "HPC_LAST_WORDS", "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
-
-
-class RoleFailed(HpcError):
-    """A role ended with an error; carries its exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code
+STORE_FD, BASELINE, THREADS = "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
 
 
 def launch(config: Config, script: Path, arguments: list[str]) -> None:
@@ -57,19 +49,24 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
             if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
                 environ["TERM"] = "dumb"
             processes = [_start([*mpirun(config.world_size), *command], environ)]
+            names = {processes[0].pid: "mpirun"}
         else:
             processes = _start_ranks(config, command, environ, listener)
             clients = processes[config.trunk.ranks :]
+            names = {process.pid: role_name(config, rank) for rank, process in enumerate(processes)}
         least = config.train.min_clients
         if compares:
             own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
             processes.append(_start(command, {**environ, **own}))
+            names[processes[-1].pid] = "baseline"
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _end_on_request)
         try:
-            _watch(processes, Path(words), clients if least else [], least)
+            _watch(processes, Path(words), clients if least else [], least, names)
         finally:
             _stop(processes)
+        if (line := ending(Path(words))) is not None:
+            print(line, flush=True)
 
 
 @contextmanager
@@ -92,7 +89,7 @@ def beside(config: Config, command: list[str]) -> Iterator[World]:
         except LinkError:
             _end_by_itself(process)
             if process.returncode:
-                raise _cause([process], Path(words)) from None
+                raise cause({"trunk-0": process.returncode}, Path(words)) from None
             raise
         finally:
             _stop([process])
@@ -112,6 +109,11 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")
     return kept
+
+
+def role_name(config: Config, rank: int) -> str:
+    """`trunk-0`, `client-1`: who this global rank is."""
+    return f"trunk-{rank}" if rank < config.trunk.ranks else f"client-{rank - config.trunk.ranks}"
 
 
 def cpu_share(config: Config, rank: int) -> dict[str, str]:
@@ -145,7 +147,7 @@ def mpirun(processes: int) -> list[str]:
 
 def _end_on_request(number: int, frame: object) -> None:
     """What `timeout`, torchrun or a job scheduler asks for; the roles must not outlive the command."""
-    raise RoleFailed(f"ended by {signal.Signals(number).name}", 128 + number)
+    raise RoleFailed(f"stopped by {signal.Signals(number).name}", 128 + number)
 
 
 def _listen(port: int) -> socket.socket:
@@ -184,7 +186,11 @@ def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ..
 
 
 def _watch(
-    processes: list[subprocess.Popen[bytes]], words: Path, spared: list[subprocess.Popen[bytes]], least: int
+    processes: list[subprocess.Popen[bytes]],
+    words: Path,
+    spared: list[subprocess.Popen[bytes]],
+    least: int,
+    names: Mapping[int, str],
 ) -> None:
     """Until all have ended well, or one has failed and the others have had their time to end.
 
@@ -200,9 +206,9 @@ def _watch(
         time.sleep(POLL_S)
     failed = _fatal(processes, spared, least)
     if failed:
-        raise _cause(failed, words)
-    for path in sorted(words.glob("*.txt")):
-        print(f"without harm to the run: {path.read_text().partition(chr(10))[2]}", file=sys.stderr)
+        raise cause(_statuses(failed, names), words)
+    for left in last_words(words):
+        print(f"without harm to the run: {left}", file=sys.stderr)
 
 
 def _fatal(
@@ -214,18 +220,9 @@ def _fatal(
     return [process for process in failed if process not in spared or left < least]
 
 
-def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
-    """The first role's last words, bad input before anything else, since the others only tell of its end."""
-    said = []
-    for path in sorted(words.glob("*.txt"), key=lambda p: p.stat().st_mtime_ns):
-        code, _, text = path.read_text().partition("\n")
-        said.append(RoleFailed(text, int(code)))
-    if said:
-        # The trunk knows more than a client that only lost it, and bad input is the cause of anything else.
-        return min(said, key=lambda each: (each.exit_code != 2, not str(each).startswith("trunk")))
-    status: int = failed[0].returncode
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
-    return RoleFailed(f"a process of the run {how} without a word; see above for what it printed", 1)
+def _statuses(processes: list[subprocess.Popen[bytes]], names: Mapping[int, str]) -> dict[str, int]:
+    """Role → exit status."""
+    return {names[process.pid]: process.returncode for process in processes}
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -240,14 +237,3 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
         deadline = time.monotonic() + 3
         while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-
-
-def leave_last_words(role: str, text: str, code: int) -> bool:
-    """Tell the launcher why this role ends; False if nobody listens and the role must print it itself."""
-    folder = os.environ.get(LAST_WORDS)
-    if folder is None or not Path(folder).is_dir():
-        return False
-    draft = Path(folder) / f".{role}.draft"
-    draft.write_text(f"{code}\n{role}: {text}")
-    draft.rename(Path(folder) / f"{role}.txt")
-    return True

@@ -76,6 +76,8 @@ class Saver:
         That includes the ones that an earlier attempt left half-written before this step. With an empty `kept` the
         checkpoint was not committed: only this role's file of it goes.
         """
+        if step in kept:
+            _log.info("checkpoint written after step %d", step)
         for folder in self._folder.glob("checkpoint-*"):
             unwanted = folder.name not in {f"checkpoint-{each}" for each in kept}
             if (step_of(folder) == step and not kept) or (0 <= step_of(folder) < step and kept and unwanted):

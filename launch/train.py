@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from hpc import logs
 from hpc.cli import make_parser, parse, run_main, to_yaml
 from hpc.config import Config
 from hpc.errors import BadInput, HpcError
-from hpc.launcher import BASELINE, leave_last_words
+from hpc.last_words import leave_last_words
+from hpc.launcher import BASELINE
 from hpc.preflight import check, check_data
 from hpc.topology import Place, place, read_world
 
@@ -46,12 +49,21 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
         from hpc.federation import run_role
 
         run_role(config, where, yaml)
-    except HpcError as error:
-        if not leave_last_words(where.name, str(error), error.exit_code):
-            sys.stderr.write(f"{where.name}: error: {error}\n")
-        return error.exit_code
+    except Exception as error:
+        return told(where.name, error)
     return 0
 
 
+def told(role: str, error: Exception) -> int:
+    """Say why this role ends: the last line of its log, and of its launcher's or its own output; its exit code."""
+    logs.ended_badly(error)
+    if not isinstance(error, HpcError):
+        traceback.print_exc()
+    code = error.exit_code if isinstance(error, HpcError) else 1
+    if not leave_last_words(role, logs.reason(error), code):
+        logs.print_ending(role, error)
+    return code
+
+
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, ending="run ended")

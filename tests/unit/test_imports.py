@@ -27,6 +27,8 @@ FLOORS = {
     "hpc.ragged": 1,
     "hpc.stopwatch": 1,
     "hpc.quiet": 1,
+    "hpc.logs": 1,
+    "hpc.last_words": 1,
     "hpc.agreement": 2,
     "hpc.link.frame": 1,
     "hpc.link.cipher": 1,
@@ -102,6 +104,8 @@ NO_TORCH = {
     "hpc.link.kinds",
     "hpc.trunk_config",
     "hpc.quantizer",
+    "hpc.logs",
+    "hpc.last_words",
     "hpc.report.events",
     "hpc.report.provenance",
 }
