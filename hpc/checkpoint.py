@@ -158,8 +158,12 @@ def _digest(tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]) -> str
     return found.hexdigest()
 
 
-def commit(run_folder: str | Path, step: int, agreement: Mapping[str, str], *, attempt: str = "") -> None:
+def commit(
+    run_folder: str | Path, step: int, agreement: Mapping[str, str], *, attempt: str = "", after: float = 0.0
+) -> None:
     """Make the checkpoint exist. Call when every role has written its file. Raises `OSError`.
+
+    `after`: Unix time of the last commit, maybe by the clock of another host, which may be ahead of this one's.
 
     The manifest names the files that this role can see: all where the folder is shared, else only its own.
     """
@@ -167,7 +171,7 @@ def commit(run_folder: str | Path, step: int, agreement: Mapping[str, str], *, a
     manifest = {
         "step": step,
         "attempt": attempt,
-        "committed": time.time(),
+        "committed": max(time.time(), after + 1e-3),
         "files": _files_of(folder, step, attempt),
         "agreement": dict(agreement),
     }

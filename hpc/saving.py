@@ -21,7 +21,7 @@ from hpc.checkpoint import MANIFEST, Attempt, checkpoint_folder, commit, step_of
 from hpc.config import Config
 from hpc.errors import ProtocolError
 from hpc.report.events import EventLog
-from hpc.resume import committed_steps
+from hpc.resume import committed_steps, last_commit
 
 COORDINATORS = ("trunk-0", "centralised")
 
@@ -57,7 +57,13 @@ class Saver:
         Empty, after a warning, if that failed. The manifests of those that are not kept are gone on return.
         """
         try:
-            commit(self._folder, step, lasting_agreement(self._config), attempt=self._attempt.name)
+            commit(
+                self._folder,
+                step,
+                lasting_agreement(self._config),
+                attempt=self._attempt.name,
+                after=last_commit(self._folder),
+            )
         except OSError as error:
             self.fail(step, str(error))
             return []
