@@ -91,14 +91,22 @@ class RoleFile(logging.Handler):
         super().close()
 
 
+class Terminal(logging.Handler):
+    """Standard error as it is at the time; one that is gone (a closed session) costs nothing else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+
+
 class RoleLog:
     """The log of this process's role: where its lines go."""
 
     def __init__(self, role: str, *, mixed: bool) -> None:
         """`mixed`: the terminal, or the file in its place, is shared by roles that nobody sorts (srun, mpirun)."""
         self.role, self.mixed, self.file = role, mixed, RoleFile(role)
-        self.terminal = logging.StreamHandler(sys.stderr)
-        self.terminal.setLevel(logging.INFO if mixed and role in TALKERS else logging.WARNING)
+        self.terminal = Terminal(logging.INFO if mixed and role in TALKERS else logging.WARNING)
         self.terminal.setFormatter(LineForm(role) if mixed else logging.Formatter(f"%(levelname)s {role}: %(message)s"))
         self.terminal.addFilter(lambda record: record.name != _ending.name)
 
