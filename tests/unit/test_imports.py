@@ -81,6 +81,7 @@ FLOORS = {
     "hpc.baseline": 5,
     "hpc.bench": 5,
     "hpc.cli": 5,
+    "hpc.doctor": 5,
     "hpc.federation": 5,
     "hpc.generate": 5,
     "hpc.ask": 5,
