@@ -6,6 +6,7 @@ Submitting or refusing a job must be quick, so nothing here imports torch.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -91,6 +92,8 @@ def run_main(main: Callable[[list[str]], int], prefix: str = "error", *, ending:
     """
     ending = ending or prefix
     hush()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path with letters that the terminal lacks ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
     except HpcError as error:

@@ -238,7 +238,7 @@ def finished(config: Config, steps: int, folder: Path) -> str:
 
 def save_config(folder: Path, yaml: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml)
+    (folder / "config.yaml").write_text(yaml, encoding="utf-8")
 
 
 def report(config: Config, folder: Path) -> None:

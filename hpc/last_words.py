@@ -30,7 +30,7 @@ def leave_last_words(role: str, text: str, code: int) -> bool:
     if folder is None or not Path(folder).is_dir():
         return False
     draft = Path(folder) / f".{role}.draft"
-    draft.write_text(f"{code}\n{role}: {text}")
+    draft.write_text(f"{code}\n{role}: {text}", encoding="utf-8")
     draft.rename(Path(folder) / f"{role}.txt")
     return True
 
@@ -39,7 +39,7 @@ def leave_ending(line: str) -> None:
     """The last line of a run that ended well: the launcher's to print when all roles have ended, or this role's."""
     folder = os.environ.get(LAST_WORDS)
     if folder is not None and Path(folder).is_dir():
-        Path(folder, _ENDED_WELL).write_text(line)
+        Path(folder, _ENDED_WELL).write_text(line, encoding="utf-8")
     else:
         print(line, flush=True)
 
@@ -47,14 +47,14 @@ def leave_ending(line: str) -> None:
 def ending(words: Path) -> str | None:
     """What `leave_ending` left."""
     path = words / _ENDED_WELL
-    return path.read_text() if path.exists() else None
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def last_words(words: Path) -> list[RoleFailed]:
     """What roles that failed have left, the first to fail first."""
     found = []
     for path in sorted(words.glob("*.txt"), key=lambda path: path.stat().st_mtime_ns):
-        code, _, text = path.read_text().partition("\n")
+        code, _, text = path.read_text(encoding="utf-8").partition("\n")
         found.append(RoleFailed(text, int(code)))
     return found
 

@@ -15,7 +15,7 @@ from hpc.config import Config
 from hpc.errors import BadInput, HpcError
 from hpc.last_words import leave_last_words
 from hpc.launcher import BASELINE
-from hpc.preflight import check, check_data
+from hpc.preflight import check, check_data, check_meeting_point
 from hpc.topology import Place, place, read_world
 
 LET_RANK_0_SPEAK_S = 5.0  # torchrun ends all ranks as soon as one has ended
@@ -42,7 +42,9 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
     # Before torch is loaded: OpenMP reads it once. Idle ranks sleep instead of burning a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what goes wrong is said once, and not in stack frames
     try:
+        check_meeting_point(where.world, config)
         check(config, coordinates=where.name in ("trunk-0", "centralised"))
         if where.role == "client":
             check_data(config, [where.index])
