@@ -10,7 +10,7 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
-from hpc.errors import BadInput, HpcError
+from hpc.errors import BadInput, HpcError, Paused
 
 LAST_WORDS = "HPC_LAST_WORDS"
 _ENDED_WELL = "ended"
@@ -71,7 +71,7 @@ def cause(failed: Mapping[str, int], words: Path) -> RoleFailed:
     said = last_words(words)
     if said:
         first = min(said, key=lambda each: (each.exit_code != BadInput.exit_code, not str(each).startswith("trunk")))
-        spoilt = killed and first.exit_code != BadInput.exit_code
+        spoilt = killed and first.exit_code not in (BadInput.exit_code, Paused.exit_code)
         return RoleFailed(f"{killed}; {first}", 1) if spoilt else first
     if killed:
         return RoleFailed(killed, 1)

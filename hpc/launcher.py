@@ -13,13 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from hpc.config import Config
-from hpc.errors import LinkError, TopologyError
+from hpc.errors import LinkError, Paused, TopologyError
 from hpc.last_words import LAST_WORDS, RoleFailed, cause, ending, last_words
+from hpc.nurslings import Nursery, Process, roles_can_be_forked
 from hpc.schedule import total_steps
 from hpc.topology import World
 from hpc.turns import TURNS, Ring
@@ -29,6 +31,8 @@ POLL_S = 0.05
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STORE_FD, BASELINE, THREADS = "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
+
+Start = Callable[[Mapping[str, str], tuple[int, ...]], Process]  # a role's own variables, open files to hand down
 
 
 def launch(config: Config, script: Path, arguments: list[str]) -> None:
@@ -43,28 +47,41 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
         if compares:
             environ[TURNS] = _ring(config, "run").to_json()
         command = [sys.executable, str(script), *arguments]
-        if config.link.transport == "mpi":
-            clients: list[subprocess.Popen[bytes]] = []  # an MPI job ends with any of its processes
-            listener.close()  # mpirun passes no open file on; rank 0 binds the port again
-            if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
-                environ["TERM"] = "dumb"
-            processes = [_start([*mpirun(config.world_size), *command], environ)]
-            names = {processes[0].pid: "mpirun"}
-        else:
-            processes = _start_ranks(config, command, environ, listener)
-            clients = processes[config.trunk.ranks :]
-            names = {process.pid: role_name(config, rank) for rank, process in enumerate(processes)}
-        least = config.train.min_clients
-        if compares:
-            own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
-            processes.append(_start(command, {**environ, **own}))
-            names[processes[-1].pid] = "baseline"
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _end_on_request)
+        start: Start = partial(_start_by_itself, command, environ)
+        nursery: Nursery | None = None
+        processes: list[Process] = []
+        # mpirun passes the signal on to all ranks
+        pausing = _Pausing(lambda: processes[: 1 if config.link.transport == "mpi" else config.trunk.ranks])
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, pausing.ask)
         try:
+            if config.link.transport == "mpi":
+                clients: Sequence[Process] = []  # an MPI job ends with any of its processes
+                listener.close()  # mpirun passes no open file on; rank 0 binds the port again
+                if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
+                    environ["TERM"] = "dumb"
+                processes.append(_start([*mpirun(config.world_size), *command], environ))
+                names = ["mpirun"]
+            else:
+                if roles_can_be_forked(config, environ):
+                    nursery = _nursery(config, script, arguments, environ, listener)
+                    start = nursery.start
+                processes += _start_ranks(config, start, listener)
+                clients = processes[config.trunk.ranks :]
+                names = [role_name(config, rank) for rank in range(config.world_size)]
+            least = config.train.min_clients
+            if compares:
+                processes.append(start({BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}, ()))
+                names.append("baseline")
             _watch(processes, Path(words), clients if least else [], least, names)
+        except RoleFailed:
+            if nursery is not None and nursery.death is not None:
+                raise RoleFailed(nursery.death, 1) from None
+            raise
         finally:
             _stop(processes)
+            if nursery is not None:
+                nursery.close()
         if (line := ending(Path(words))) is not None:
             print(line, flush=True)
 
@@ -145,9 +162,20 @@ def mpirun(processes: int) -> list[str]:
     return [found, *(["--allow-run-as-root"] if os.geteuid() == 0 else []), *options, "-n", str(processes)]
 
 
-def _end_on_request(number: int, frame: object) -> None:
-    """What `timeout`, torchrun or a job scheduler asks for; the roles must not outlive the command."""
-    raise RoleFailed(f"stopped by {signal.Signals(number).name}", 128 + number)
+class _Pausing:
+    """What `timeout`, torchrun or a job scheduler asks for: a checkpoint, and the end; asked again, the end at once."""
+
+    def __init__(self, trunk: Callable[[], Sequence[Process]]) -> None:
+        self._trunk, self._asked = trunk, False
+
+    def ask(self, number: int, frame: object) -> None:
+        running = [process.pid for process in self._trunk() if process.pid is not None and process.poll() is None]
+        if self._asked or not running:
+            raise RoleFailed(f"stopped by {signal.Signals(number).name}", 128 + number)
+        self._asked = True
+        for pid in running:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
 
 
 def _listen(port: int) -> socket.socket:
@@ -162,13 +190,18 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _start_ranks(
-    config: Config, command: list[str], environ: dict[str, str], listener: socket.socket
-) -> list[subprocess.Popen[bytes]]:
+def _nursery(
+    config: Config, script: Path, arguments: list[str], environ: dict[str, str], listener: socket.socket
+) -> Nursery:
+    command = [sys.executable, str(script.with_name("nursery.py"))]
+    kind, open_files = config.trunk.quantization, (listener.fileno(),)
+    return Nursery(command, script, arguments, environ, quantization=kind, hand_down=open_files)
+
+
+def _start_ranks(config: Config, start: Start, listener: socket.socket) -> list[Process]:
     processes, count = [], config.world_size
     for rank in range(count):
         own = {
-            **environ,
             **cpu_share(config, rank),
             "RANK": str(rank),
             "WORLD_SIZE": str(count),
@@ -177,8 +210,14 @@ def _start_ranks(
         hand_down = (listener.fileno(),) if rank == 0 else ()
         if rank == 0:
             own[STORE_FD] = str(listener.fileno())
-        processes.append(_start(command, own, hand_down))
+        processes.append(start(own, hand_down))
     return processes
+
+
+def _start_by_itself(
+    command: list[str], environ: Mapping[str, str], own: Mapping[str, str], hand_down: tuple[int, ...]
+) -> Process:
+    return _start(command, {**environ, **own}, hand_down)
 
 
 def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
@@ -186,15 +225,11 @@ def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ..
 
 
 def _watch(
-    processes: list[subprocess.Popen[bytes]],
-    words: Path,
-    spared: list[subprocess.Popen[bytes]],
-    least: int,
-    names: Mapping[int, str],
+    processes: Sequence[Process], words: Path, spared: Sequence[Process], least: int, names: Sequence[str]
 ) -> None:
     """Until all have ended well, or one has failed and the others have had their time to end.
 
-    Of those `spared`, some may fail as long as `least` are left.
+    Of those `spared`, some may fail as long as `least` are left. `names`: the processes' roles.
     """
     deadline = None
     while any(process.poll() is None for process in processes):
@@ -206,34 +241,27 @@ def _watch(
         time.sleep(POLL_S)
     failed = _fatal(processes, spared, least)
     if failed:
-        raise cause(_statuses(failed, names), words)
+        why = cause({names[processes.index(each)]: each.returncode or 0 for each in failed}, words)
+        raise Paused(str(why)) if why.exit_code == Paused.exit_code else why
     for left in last_words(words):
         print(f"without harm to the run: {left}", file=sys.stderr)
 
 
-def _fatal(
-    processes: list[subprocess.Popen[bytes]], spared: list[subprocess.Popen[bytes]], least: int
-) -> list[subprocess.Popen[bytes]]:
+def _fatal(processes: Sequence[Process], spared: Sequence[Process], least: int) -> list[Process]:
     """The processes whose failure ends the run."""
     failed = [process for process in processes if process.poll()]
     left = sum(process not in failed for process in spared)
     return [process for process in failed if process not in spared or left < least]
 
 
-def _statuses(processes: list[subprocess.Popen[bytes]], names: Mapping[int, str]) -> dict[str, int]:
-    """Role → exit status."""
-    return {names[process.pid]: process.returncode for process in processes}
-
-
-def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """No role outlives the command: terminate, then kill, each with its whole process group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        alive = [process for process in processes if process.poll() is None]
-        for process in alive:
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:
-                continue
+def _stop(processes: Sequence[Process]) -> None:
+    """No role outlives the command: end, then kill, each with its whole process group. SIGTERM would only pause it."""
+    for number in (signal.SIGHUP, signal.SIGKILL):
+        # One that is yet to be forked ends with the nursery.
+        alive = {process.pid: process for process in processes if process.poll() is None and process.pid is not None}
+        for pid in alive:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, number)
         deadline = time.monotonic() + 3
-        while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
+        while any(process.poll() is None for process in alive.values()) and time.monotonic() < deadline:
             time.sleep(POLL_S)

@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 
 from hpc.errors import BadInput, DataError, HpcError, Paused
+from hpc.last_words import RoleFailed
 
 ENDING = "run ended: "
 TALKERS = ("trunk-0", "centralised")  # whose INFO lines are also worth a place where all roles' output is mixed
@@ -151,7 +152,7 @@ def ended_well(why: str) -> None:
 
 def ended_badly(error: BaseException) -> None:
     """The last line of this role's file, without what might quote data."""
-    _ending.error("%s%s", ENDING, reason(error, private=True))
+    _ending.log(_level(error), "%s%s", ENDING, reason(error, private=True))
 
 
 def print_ending(role: str, error: BaseException) -> None:
@@ -159,10 +160,14 @@ def print_ending(role: str, error: BaseException) -> None:
     if isinstance(error, BadInput):
         line = f"{role}: error: {error}"
     elif _now is not None and _now.mixed:
-        line = _now.line(f"{ENDING}{reason(error)}", logging.ERROR)
+        line = _now.line(f"{ENDING}{reason(error)}", _level(error))
     else:
         line = f"{ENDING}{role}: {reason(error)}"
     sys.stderr.write(f"{line}\n")
+
+
+def _level(error: BaseException) -> int:
+    return logging.INFO if isinstance(error, Paused) else logging.ERROR
 
 
 def reason(error: BaseException, *, private: bool = False) -> str:
@@ -170,7 +175,7 @@ def reason(error: BaseException, *, private: bool = False) -> str:
     kind = type(error).__name__
     if private and isinstance(error, DataError):
         return "bad data; this role's terminal output says which"
-    if isinstance(error, (BadInput, Paused)):
+    if isinstance(error, (BadInput, Paused, RoleFailed)):
         return str(error)
     if isinstance(error, HpcError):
         return f"{kind}: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import traceback
 
@@ -12,12 +13,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from hpc import logs
 from hpc.cli import make_parser, parse, run_main, to_yaml
 from hpc.config import Config
-from hpc.errors import BadInput, HpcError
-from hpc.last_words import leave_last_words
+from hpc.errors import BadInput, HpcError, Paused
+from hpc.last_words import RoleFailed, leave_last_words
 from hpc.launcher import BASELINE
 from hpc.preflight import check, check_data, check_meeting_point
+from hpc.stopping import listen
 from hpc.topology import Place, place, read_world
 
+LET_LOG_WRITE_S = 0.2
 LET_RANK_0_SPEAK_S = 5.0  # torchrun ends all ranks as soon as one has ended
 
 
@@ -50,17 +53,26 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
             check_data(config, [where.index])
         from hpc.federation import run_role
 
-        run_role(config, where, yaml)
+        def end(why: str, code: int) -> None:
+            error = Paused(why) if code == Paused.exit_code else RoleFailed(why, code)
+            # In a thread: where a disc is stalled, the log may never take another line.
+            threading.Thread(target=logs.ended_badly, args=(error,), daemon=True).start()
+            tell(where.name, error)
+            time.sleep(LET_LOG_WRITE_S)
+            os._exit(code)
+
+        stop = None if where.role == "baseline" else listen(grace_s=config.run.grace_s, end=end)
+        run_role(config, where, yaml, stop=stop)
     except Exception as error:
-        return told(where.name, error)
+        logs.ended_badly(error)
+        if not isinstance(error, HpcError):
+            traceback.print_exc()
+        return tell(where.name, error)
     return 0
 
 
-def told(role: str, error: Exception) -> int:
-    """Say why this role ends: the last line of its log, and of its launcher's or its own output; its exit code."""
-    logs.ended_badly(error)
-    if not isinstance(error, HpcError):
-        traceback.print_exc()
+def tell(role: str, error: Exception) -> int:
+    """Say why this role ends, to the launcher or on the terminal; returns its exit code."""
     code = error.exit_code if isinstance(error, HpcError) else 1
     if not leave_last_words(role, logs.reason(error), code):
         logs.print_ending(role, error)

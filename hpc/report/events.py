@@ -164,7 +164,8 @@ class EventLog:
         """An event without a class of its own. The report knows these, from trunk ranks:
 
         `nonfinite` (step, client_id or -1, what): "activations", "loss" or "gradient" for which a step was left out;
-        `client_lost` (step, client_id, why); `early_stop` (step): the run's last;
+        `client_lost` (step, client_id, why); `client_returned` (step, client_id): it takes part from that step on;
+        `client_refused` (client_id, why): who came under this name was not let in; `early_stop` (step): the run's last;
         `average` (step, seconds): parameters were averaged after `step`;
         `checkpoint_failed` (step, why): from any role, there is no checkpoint after `step`.
         """

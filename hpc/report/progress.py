@@ -82,6 +82,8 @@ class Progress:
             self._begin(event["step"])
         if event["event"] == "client_lost":
             self._lost.add(event["client_id"])
+        if event["event"] == "client_returned":
+            self._lost.discard(event["client_id"])
         if event["event"] == "early_stop":
             self._stopped_early = True
         if event["event"] != "step":

@@ -360,8 +360,10 @@ def test_a_killed_client_ends_the_run_and_leaves_no_process(keys: Path, tmp_path
     ours = subprocess.run(
         ["pgrep", "-f", f"train.py.*{mark}"], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert len(ours) == 3
-    victim = next(pid for pid in ours if b"RANK=2\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in ours}
+    roles = [pid for pid, variables in environments.items() if b"\0RANK=" in variables]
+    assert len(roles) == 3  # and the process that they are forked from
+    victim = next(pid for pid in roles if b"\0RANK=2\0" in environments[pid])
     subprocess.run(["kill", "-9", victim], check=True)
     started = time.monotonic()
     err = run.communicate(timeout=60)[1]

@@ -111,7 +111,7 @@ def test_the_last_line_says_why_and_quotes_no_data(role: str, error: Exception, 
     logs.ended_badly(error)
     found = LINE.fullmatch(lines(tmp_path)[-1])
     assert found is not None
-    assert found[1] == "ERROR"
+    assert found[1] == ("INFO" if isinstance(error, Paused) else "ERROR")
     assert found[2] == f"run ended: {said}"
 
 
