@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hpc.errors import BadInput, HpcError, Paused
@@ -33,6 +33,21 @@ def leave_last_words(role: str, text: str, code: int) -> bool:
     draft.write_text(f"{code}\n{role}: {text}", encoding="utf-8")
     draft.rename(Path(folder) / f"{role}.txt")
     return True
+
+
+def leave_log_path(role: str, path: Path) -> None:
+    """Tell the launcher where this role's log is: who is killed cannot write its last line."""
+    folder = os.environ.get(LAST_WORDS)
+    if folder is not None and Path(folder).is_dir():
+        Path(folder, f"{role}.log").write_text(str(path.absolute()), encoding="utf-8")
+
+
+def killed_roles(statuses: Mapping[str, int], words: Path) -> Iterator[tuple[str, str, Path]]:
+    """Role, signal and log file of those who were killed after their log had begun; `statuses` as in `cause`."""
+    for role, status in statuses.items():
+        path = words / f"{role}.log"
+        if status < 0 and path.exists():
+            yield role, signal.Signals(-status).name, Path(path.read_text(encoding="utf-8"))
 
 
 def leave_ending(line: str) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from hpc.config import Config
 from hpc.errors import LinkError, Paused, TopologyError
 from hpc.last_words import LAST_WORDS, RoleFailed, cause, ending, last_words
+from hpc.logs import note_killed
 from hpc.nurslings import Nursery, Process, roles_can_be_forked
 from hpc.schedule import total_steps
 from hpc.topology import World
@@ -239,9 +240,11 @@ def _watch(
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
+    statuses = {names[place]: process.returncode or 0 for place, process in enumerate(processes)}
+    note_killed(statuses, words)
     failed = _fatal(processes, spared, least)
     if failed:
-        why = cause({names[processes.index(each)]: each.returncode or 0 for each in failed}, words)
+        why = cause({(role := names[processes.index(each)]): statuses[role] for each in failed}, words)
         raise Paused(str(why)) if why.exit_code == Paused.exit_code else why
     for left in last_words(words):
         print(f"without harm to the run: {left}", file=sys.stderr)

@@ -14,10 +14,11 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpc.errors import BadInput, DataError, HpcError, Paused
-from hpc.last_words import RoleFailed
+from hpc.last_words import RoleFailed, killed_roles, leave_log_path
 
 ENDING = "run ended: "
 TALKERS = ("trunk-0", "centralised")  # whose INFO lines are also worth a place where all roles' output is mixed
@@ -138,6 +139,7 @@ def begin_file(folder: str | Path) -> None:
     """The run writes from now on: so does the log, to `folder`/logs/<role>.log."""
     if _now is not None:
         _now.file.begin(folder)
+        leave_log_path(_now.role, Path(folder) / "logs" / f"{_now.role}.log")
 
 
 def terminal_line(text: str) -> str:
@@ -153,6 +155,14 @@ def ended_well(why: str) -> None:
 def ended_badly(error: BaseException) -> None:
     """The last line of this role's file, without what might quote data."""
     _ending.log(_level(error), "%s%s", ENDING, reason(error, private=True))
+
+
+def note_killed(statuses: Mapping[str, int], words: Path) -> None:
+    """Write the last line of those who were killed, for them. Arguments as those of `hpc.last_words.killed_roles`."""
+    for role, name, path in killed_roles(statuses, words):
+        record = logging.LogRecord(log.name, logging.ERROR, "", 0, f"{ENDING}killed by {name}", None, None)
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+            file.write(f"{LineForm(role).format(record)}\n")
 
 
 def print_ending(role: str, error: BaseException) -> None:

@@ -374,6 +374,8 @@ def test_a_killed_client_ends_the_run_and_leaves_no_process(keys: Path, tmp_path
     assert err.splitlines()[-1].startswith("run ended: killed by SIGKILL (client-1); trunk-0: PeerLost: ")
     log = (tmp_path / "o" / "logs" / "trunk-0.log").read_text().splitlines()
     assert "ERROR trunk-0 run ended: PeerLost: " in log[-1]
+    log = (tmp_path / "o" / "logs" / "client-1.log").read_text().splitlines()
+    assert log[-1].endswith("ERROR client-1 run ended: killed by SIGKILL")
     left = subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True, check=False).stdout.split()
     assert not left
 

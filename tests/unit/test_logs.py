@@ -13,6 +13,7 @@ import pytest
 
 from hpc import logs
 from hpc.errors import ConfigError, DataError, Paused, PeerLost
+from hpc.last_words import LAST_WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (INFO|WARNING|ERROR) client-1 (.*)")
@@ -141,3 +142,16 @@ def test_a_script_ends_with_the_reason() -> None:
     assert status == 1
     assert "Traceback" in said[0]
     assert said[-1].startswith("run ended: ValueError: odd")
+
+
+def test_the_last_line_of_who_was_killed_is_written_by_the_launcher(
+    role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tmp_path / "words"
+    words.mkdir()
+    monkeypatch.setenv(LAST_WORDS, str(words))
+    logs.begin_file(tmp_path)
+    log.info("at work")
+    logs.note_killed({"trunk-0": 1, "client-0": -9, role: -9}, words)
+    assert lines(tmp_path)[-1].endswith("ERROR client-1 run ended: killed by SIGKILL")
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["client-1.log"], "client-0 had no log yet"
