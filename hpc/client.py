@@ -44,6 +44,8 @@ from hpc.trunk_link import PauseAsked, TrunkLink
 
 _log = logging.getLogger("hpc")
 
+_log = logging.getLogger("hpc")
+
 
 class Client:
     """One client, linked to its trunk rank."""
@@ -292,6 +294,7 @@ class Client:
             part.train()
         loss_sum = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
         self._patience.take(loss_sum / label_tokens if label_tokens else math.nan)
+        _log.info("evaluation after step %d: %d of %d right", step, correct, total)
         self.log.write(
             Evaluation(
                 step=step, correct=correct, total=total, loss_sum=loss_sum, label_tokens=label_tokens, matched=matched

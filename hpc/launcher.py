@@ -1,7 +1,6 @@
 """One process a role on this machine: start them, watch them, end them together. Imports no torch.
 
-Used when the whole federation is started from one command. A role that fails writes its last words into a file of a
-private folder, so that the user sees one line, the cause, instead of every role's echo of it.
+Used when the whole federation is started from one command. Why roles end, they tell through `hpc.last_words`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ from functools import partial
 from pathlib import Path
 
 from hpc.config import Config
-from hpc.errors import HpcError, LinkError, Paused, TopologyError
+from hpc.errors import LinkError, Paused, TopologyError
+from hpc.last_words import LAST_WORDS, RoleFailed, cause, ending, last_words
+from hpc.logs import note_killed
 from hpc.nurslings import Nursery, Process, roles_can_be_forked
 from hpc.schedule import total_steps
 from hpc.topology import World
@@ -30,17 +31,9 @@ GRACE_S = 15.0  # for the others to notice a dead role and end by themselves
 POLL_S = 0.05
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAST_WORDS, STORE_FD, BASELINE, THREADS = "HPC_LAST_WORDS", "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
+STORE_FD, BASELINE, THREADS = "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
 
 Start = Callable[[Mapping[str, str], tuple[int, ...]], Process]  # a role's own variables, open files to hand down
-
-
-class RoleFailed(HpcError):
-    """A role ended with an error; carries its exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code
 
 
 def launch(config: Config, script: Path, arguments: list[str]) -> None:
@@ -69,16 +62,19 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
                 if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
                     environ["TERM"] = "dumb"
                 processes.append(_start([*mpirun(config.world_size), *command], environ))
+                names = ["mpirun"]
             else:
                 if roles_can_be_forked(config, environ):
                     nursery = _nursery(config, script, arguments, environ, listener)
                     start = nursery.start
                 processes += _start_ranks(config, start, listener)
                 clients = processes[config.trunk.ranks :]
+                names = [role_name(config, rank) for rank in range(config.world_size)]
             least = config.train.min_clients
             if compares:
                 processes.append(start({BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}, ()))
-            _watch(processes, Path(words), clients if least else [], least)
+                names.append("baseline")
+            _watch(processes, Path(words), clients if least else [], least, names)
         except RoleFailed:
             if nursery is not None and nursery.death is not None:
                 raise RoleFailed(nursery.death, 1) from None
@@ -87,6 +83,8 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
             _stop(processes)
             if nursery is not None:
                 nursery.close()
+        if (line := ending(Path(words))) is not None:
+            print(line, flush=True)
 
 
 @contextmanager
@@ -109,7 +107,7 @@ def beside(config: Config, command: list[str]) -> Iterator[World]:
         except LinkError:
             _end_by_itself(process)
             if process.returncode:
-                raise _cause([process], Path(words)) from None
+                raise cause({"trunk-0": process.returncode}, Path(words)) from None
             raise
         finally:
             _stop([process])
@@ -129,6 +127,11 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")
     return kept
+
+
+def role_name(config: Config, rank: int) -> str:
+    """`trunk-0`, `client-1`: who this global rank is."""
+    return f"trunk-{rank}" if rank < config.trunk.ranks else f"client-{rank - config.trunk.ranks}"
 
 
 def cpu_share(config: Config, rank: int) -> dict[str, str]:
@@ -169,7 +172,7 @@ class _Pausing:
     def ask(self, number: int, frame: object) -> None:
         running = [process.pid for process in self._trunk() if process.pid is not None and process.poll() is None]
         if self._asked or not running:
-            raise RoleFailed(f"ended by {signal.Signals(number).name}", 128 + number)
+            raise RoleFailed(f"stopped by {signal.Signals(number).name}", 128 + number)
         self._asked = True
         for pid in running:
             with suppress(ProcessLookupError):
@@ -222,10 +225,12 @@ def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ..
     return subprocess.Popen(command, env=environ, pass_fds=hand_down, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def _watch(processes: Sequence[Process], words: Path, spared: Sequence[Process], least: int) -> None:
+def _watch(
+    processes: Sequence[Process], words: Path, spared: Sequence[Process], least: int, names: Sequence[str]
+) -> None:
     """Until all have ended well, or one has failed and the others have had their time to end.
 
-    Of those `spared`, some may fail as long as `least` are left.
+    Of those `spared`, some may fail as long as `least` are left. `names`: the processes' roles.
     """
     deadline = None
     while any(process.poll() is None for process in processes):
@@ -235,12 +240,14 @@ def _watch(processes: Sequence[Process], words: Path, spared: Sequence[Process],
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
+    statuses = {names[place]: process.returncode or 0 for place, process in enumerate(processes)}
+    note_killed(statuses, words)
     failed = _fatal(processes, spared, least)
     if failed:
-        cause = _cause(failed, words)
-        raise Paused(str(cause)) if cause.exit_code == Paused.exit_code else cause
-    for path in sorted(words.glob("*.txt")):
-        print(f"without harm to the run: {path.read_text().partition(chr(10))[2]}", file=sys.stderr)
+        why = cause({(role := names[processes.index(each)]): statuses[role] for each in failed}, words)
+        raise Paused(str(why)) if why.exit_code == Paused.exit_code else why
+    for left in last_words(words):
+        print(f"without harm to the run: {left}", file=sys.stderr)
 
 
 def _fatal(processes: Sequence[Process], spared: Sequence[Process], least: int) -> list[Process]:
@@ -248,20 +255,6 @@ def _fatal(processes: Sequence[Process], spared: Sequence[Process], least: int) 
     failed = [process for process in processes if process.poll()]
     left = sum(process not in failed for process in spared)
     return [process for process in failed if process not in spared or left < least]
-
-
-def _cause(failed: Sequence[Process], words: Path) -> RoleFailed:
-    """The first role's last words, bad input before anything else, since the others only tell of its end."""
-    said = []
-    for path in sorted(words.glob("*.txt"), key=lambda p: p.stat().st_mtime_ns):
-        code, _, text = path.read_text().partition("\n")
-        said.append(RoleFailed(text, int(code)))
-    if said:
-        # The trunk knows more than a client that only lost it, and bad input is the cause of anything else.
-        return min(said, key=lambda each: (each.exit_code != 2, not str(each).startswith("trunk")))
-    status = failed[0].returncode or 0
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
-    return RoleFailed(f"a process of the run {how} without a word; see above for what it printed", 1)
 
 
 def _stop(processes: Sequence[Process]) -> None:
@@ -275,14 +268,3 @@ def _stop(processes: Sequence[Process]) -> None:
         deadline = time.monotonic() + 3
         while any(process.poll() is None for process in alive.values()) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-
-
-def leave_last_words(role: str, text: str, code: int) -> bool:
-    """Tell the launcher why this role ends; False if nobody listens and the role must print it itself."""
-    folder = os.environ.get(LAST_WORDS)
-    if folder is None or not Path(folder).is_dir():
-        return False
-    draft = Path(folder) / f".{role}.draft"
-    draft.write_text(f"{code}\n{role}: {text}")
-    draft.rename(Path(folder) / f"{role}.txt")
-    return True
