@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hpc.errors import HpcError
+from hpc.imports import importing
 from hpc.quantizer import leave_out_unless
 
 # Only what every role imports: a role's peak memory counts what it was forked with.
@@ -68,9 +69,10 @@ def main(argv: list[str], imports: Sequence[str] = IMPORTS) -> int:
 
 def _import(names: Sequence[str], quantization: str) -> None:
     leave_out_unless(quantization)
-    _import_numpy_alone()
-    for name in names:
-        importlib.import_module(name)
+    with importing():
+        _import_numpy_alone()
+        for name in names:
+            importlib.import_module(name)
     gc.freeze()  # else the first collection in each role would write to, and so copy, every object's header
 
 

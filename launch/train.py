@@ -11,6 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from hpc.cli import make_parser, parse, run_main, to_yaml
 from hpc.config import Config
 from hpc.errors import BadInput, HpcError
+from hpc.imports import importing
 from hpc.launcher import BASELINE, leave_last_words
 from hpc.preflight import check, check_data
 from hpc.topology import Place, place, read_world
@@ -43,7 +44,8 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
         check(config, coordinates=where.name in ("trunk-0", "centralised"))
         if where.role == "client":
             check_data(config, [where.index])
-        from hpc.federation import run_role
+        with importing():
+            from hpc.federation import run_role
 
         run_role(config, where, yaml)
     except HpcError as error:

@@ -54,7 +54,7 @@ def peak_rss_mib() -> float:
 
     VmHWM, because getrusage's figure survives exec: a role started by a large launcher would report the launcher's.
     Of a forked role (`hpc.nursery`) it counts the pages that it shares with its siblings, but not those of libraries'
-    files that only their import touched, some 55 MiB: with HPC_NURSERY=0 it is what the role takes on a machine of its
+    files that only their import touched, some 60 MiB: with HPC_NURSERY=0 it is what the role takes on a machine of its
     own.
     """
     field = _proc_field("/proc/self/status", "VmHWM")

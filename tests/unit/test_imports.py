@@ -27,6 +27,7 @@ FLOORS = {
     "hpc.ragged": 1,
     "hpc.stopwatch": 1,
     "hpc.quiet": 1,
+    "hpc.imports": 1,
     "hpc.agreement": 2,
     "hpc.link.frame": 1,
     "hpc.link.cipher": 1,
