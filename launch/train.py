@@ -14,6 +14,7 @@ from hpc import logs
 from hpc.cli import make_parser, parse, run_main, to_yaml
 from hpc.config import Config
 from hpc.errors import BadInput, HpcError, Paused
+from hpc.imports import importing
 from hpc.last_words import RoleFailed, leave_last_words
 from hpc.launcher import BASELINE
 from hpc.preflight import check, check_data, check_meeting_point
@@ -51,7 +52,8 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
         check(config, coordinates=where.name in ("trunk-0", "centralised"))
         if where.role == "client":
             check_data(config, [where.index])
-        from hpc.federation import run_role
+        with importing():
+            from hpc.federation import run_role
 
         def end(why: str, code: int) -> None:
             error = Paused(why) if code == Paused.exit_code else RoleFailed(why, code)

@@ -29,6 +29,7 @@ FLOORS = {
     "hpc.quiet": 1,
     "hpc.logs": 1,
     "hpc.last_words": 1,
+    "hpc.imports": 1,
     "hpc.agreement": 2,
     "hpc.link.frame": 1,
     "hpc.link.cipher": 1,

@@ -112,6 +112,25 @@ def test_a_role_is_a_process_of_its_own(nursery_of: Callable[..., Nursery], tmp_
     assert facts[0]["draw"] != facts[1]["draw"], "roles share a random state"
 
 
+def test_a_role_ends_as_python_ends(nursery_of: Callable[..., Nursery], tmp_path: Path) -> None:
+    """Threads are waited for, exit functions run, and what was printed is there; an exception is exit code 1."""
+    nursery = nursery_of("0")
+    (tmp_path / "role.py").write_text(
+        "import atexit, os, sys, threading, time\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "from pathlib import Path\nnote = Path(__file__).with_name('note' + os.environ['RANK'])\n"
+        "if os.environ['RANK'] == '1': raise ValueError('oops')\n"
+        "if os.environ['RANK'] == '2': sys.exit('some words')\n"
+        "pool = ThreadPoolExecutor(1); pool.submit(print)\n"
+        "atexit.register(lambda: note.write_text(note.read_text() + ' atexit'))\n"
+        "def late(): time.sleep(0.3); note.write_text('thread')\n"
+        "threading.Thread(target=late).start()\n"
+    )
+    roles = [nursery.start({"RANK": str(rank)}) for rank in range(3)]
+    until(lambda: all(role.poll() is not None for role in roles))
+    assert [role.returncode for role in roles] == [0, 1, 1]
+    assert (tmp_path / "note0").read_text() == "thread atexit"
+
+
 def test_ps_can_tell_the_roles_apart(nursery_of: Callable[..., Nursery], tmp_path: Path) -> None:
     role = nursery_of("wait").start({"RANK": "5"})
     facts_of(tmp_path, 5)
