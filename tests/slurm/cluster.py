@@ -42,8 +42,10 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
+SelectTypeParameters=CR_Core_Memory
+DefMemPerNode=1000
+# Only the backfill scheduler starts heterogeneous jobs.
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
@@ -156,10 +158,9 @@ def _configure(folder: Path) -> None:
     )
     text = CONFIG.format(host=host, controller_port=ports[0], user=getpass.getuser(), folder=folder, nodes=nodes)
     (folder / "slurm.conf").write_text(text)
-    # Empty files for devices: enough to place by, and it works where there is no GPU.
-    for n in range(2):
-        (folder / f"gpu{n}").touch()
-    (folder / "gres.conf").write_text(f"NodeName=node2 Name=gpu File={folder}/gpu[0-1]\n")
+    # Any two devices: enough to place by, and it works where there is no GPU.
+    devices = ("/dev/null", "/dev/zero")
+    (folder / "gres.conf").write_text("".join(f"NodeName=node2 Name=gpu File={each}\n" for each in devices))
 
 
 def _free_ports(count: int) -> list[int]:
