@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hpc import supervision
 from hpc.config import Config
 from hpc.errors import HpcError, LinkError, TopologyError
 from hpc.schedule import total_steps
@@ -192,7 +193,7 @@ def _watch(
     """
     deadline = None
     while any(process.poll() is None for process in processes):
-        served = all(process.poll() is not None for process in processes if process not in spared)
+        served = supervision.served({process: process.poll() for process in processes}, spared)
         if deadline is None and (served or _fatal(processes, spared, least)):
             deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:
@@ -209,9 +210,7 @@ def _fatal(
     processes: list[subprocess.Popen[bytes]], spared: list[subprocess.Popen[bytes]], least: int
 ) -> list[subprocess.Popen[bytes]]:
     """The processes whose failure ends the run."""
-    failed = [process for process in processes if process.poll()]
-    left = sum(process not in failed for process in spared)
-    return [process for process in failed if process not in spared or left < least]
+    return supervision.fatal({process: process.poll() for process in processes}, spared, least)
 
 
 def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
@@ -221,8 +220,8 @@ def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
         code, _, text = path.read_text().partition("\n")
         said.append(RoleFailed(text, int(code)))
     if said:
-        # The trunk knows more than a client that only lost it, and bad input is the cause of anything else.
-        return min(said, key=lambda each: (each.exit_code != 2, not str(each).startswith("trunk")))
+        text, code = supervision.cause([(str(each), each.exit_code) for each in said])
+        return RoleFailed(text, code)
     status: int = failed[0].returncode
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
     return RoleFailed(f"a process of the run {how} without a word; see above for what it printed", 1)

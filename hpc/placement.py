@@ -81,6 +81,22 @@ def place_roles(hosts: Sequence[Host], config: Config) -> list[Seat]:
     return seats
 
 
+def seats_in_order(hosts: Sequence[Host], config: Config) -> list[Seat]:
+    """Where a launcher that knows no roles has put the ranks: host by host, sharing the GPUs of each in turn."""
+    places = [(host, local) for host in hosts for local in range(host.tasks)]
+    return [
+        Seat(
+            rank=rank,
+            role=role,
+            host=host,
+            local_rank=local,
+            gpu=local % host.gpus if host.gpus and config.run.device != "cpu" else None,
+            threads=config.run.threads or max(1, host.cpus // host.tasks),
+        )
+        for rank, (role, (host, local)) in enumerate(zip(role_names(config), places, strict=True))
+    ]
+
+
 def check_tasks(tasks: int, config: Config) -> None:
     """Raise `TopologyError` with both numbers and the flags unless the job has one task for each role."""
     roles = role_names(config)
@@ -111,4 +127,7 @@ def as_table(seats: Sequence[Seat], memory: Mapping[str, int]) -> str:
         for seat in seats
     ]
     widths = [max(len(row[column]) for row in [heading, *rows]) for column in range(len(heading))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in [heading, *rows])
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in [heading, *rows]
+    )

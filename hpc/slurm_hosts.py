@@ -23,7 +23,9 @@ def scontrol(*arguments: str) -> str:
             ["scontrol", *arguments], capture_output=True, text=True, timeout=ANSWER_S, check=False, env=os.environ
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise TopologyError(f"scontrol {' '.join(arguments)} gave no answer ({error}); is Slurm's bin in PATH?") from None
+        raise TopologyError(
+            f"scontrol {' '.join(arguments)} gave no answer ({error}); is Slurm's bin in PATH?"
+        ) from None
     if done.returncode:
         raise TopologyError(f"scontrol {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
     return done.stdout

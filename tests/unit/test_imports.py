@@ -16,6 +16,10 @@ FLOORS = {
     # pure: values, bytes and rules
     "hpc.config": 1,
     "hpc.topology": 1,
+    "hpc.hostlist": 1,
+    "hpc.placement": 1,
+    "hpc.supervision": 1,
+    "hpc.slurm_steps": 1,
     "hpc.schedule": 1,
     "hpc.acts": 1,
     "hpc.programs": 1,
@@ -79,6 +83,7 @@ FLOORS = {
     "hpc.baseline": 5,
     "hpc.bench": 5,
     "hpc.cli": 5,
+    "hpc.dry_run": 5,
     "hpc.federation": 5,
     "hpc.generate": 5,
     "hpc.ask": 5,
@@ -87,6 +92,8 @@ FLOORS = {
     "hpc.launcher": 5,
     "hpc.preflight": 5,
     "hpc.process": 5,
+    "hpc.slurm_hosts": 5,
+    "hpc.slurm_job": 5,
     "hpc.turns": 5,
 }
 # Submitting a job, or planning one, must not pay for importing torch.
@@ -94,6 +101,10 @@ NO_TORCH = {
     "hpc.errors",
     "hpc.config",
     "hpc.topology",
+    "hpc.hostlist",
+    "hpc.placement",
+    "hpc.supervision",
+    "hpc.slurm_steps",
     "hpc.schedule",
     "hpc.acts",
     "hpc.programs",
