@@ -220,8 +220,7 @@ def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
         code, _, text = path.read_text().partition("\n")
         said.append(RoleFailed(text, int(code)))
     if said:
-        text, code = supervision.cause([(str(each), each.exit_code) for each in said])
-        return RoleFailed(text, code)
+        return RoleFailed(*supervision.cause([(str(each), each.exit_code) for each in said]))
     status: int = failed[0].returncode
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
     return RoleFailed(f"a process of the run {how} without a word; see above for what it printed", 1)

@@ -21,7 +21,7 @@ set -euo pipefail
 root=${HPC_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 while [ ! -e "$root/slurm/common.sh" ] && [ "$root" != / ] && [ "$root" != . ]; do root=$(dirname "$root"); done
 if [ ! -e "$root/slurm/common.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-    original=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\/slurm\/[a-z]*\.sh\).*/\1/p')
+    original=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\/slurm\/[a-z]*\.sh\).*/\1/p' | head -n 1)
     root=$(dirname "$(dirname "$original")")
 fi
 if [ ! -e "$root/slurm/common.sh" ]; then
