@@ -107,6 +107,21 @@ class Cluster:
             time.sleep(0.2)
         return found
 
+    def tasks(self, number: int) -> list[int]:
+        """Process ids of the roles of a job, which `srun` gave their ranks."""
+        wanted = {"SLURM_JOB_ID": str(number), "SLURM_CONF": self.environ["SLURM_CONF"]}
+        found = []
+        for process in _processes_of(self.folder):
+            environ = self.environ_of(process)
+            is_role = b"train.py" in _read(process, "cmdline") and "SLURM_STEP_ID" in environ
+            if is_role and wanted.items() <= environ.items():
+                found.append(process)
+        return found
+
+    def environ_of(self, process: int) -> dict[str, str]:
+        pairs = (entry.decode(errors="replace").partition("=") for entry in _read(process, "environ").split(b"\0"))
+        return {name: value for name, _, value in pairs}
+
     def state(self) -> str:
         """For the message of a failed test."""
         logs = [f"{path.name}:\n{path.read_text(errors='replace')[-1500:]}" for path in self.folder.glob("*.log")]
@@ -240,9 +255,12 @@ def _end(daemons: list[subprocess.Popen[bytes]], folder: Path) -> None:
 
 def _processes_of(folder: Path) -> list[int]:
     """Processes with this cluster's configuration in their environment, but for this one."""
-    mark, found = f"SLURM_CONF={folder / 'slurm.conf'}".encode(), []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if mark in path.read_bytes().split(b"\0") and int(path.parent.name) != os.getpid():
-                found.append(int(path.parent.name))
-    return found
+    mark = f"SLURM_CONF={folder / 'slurm.conf'}".encode()
+    numbers = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [number for number in numbers if number != os.getpid() and mark in _read(number, "environ").split(b"\0")]
+
+
+def _read(process: int, name: str) -> bytes:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/{name}").read_bytes()
+    return b""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,7 +69,7 @@ def sbatch(cluster: Cluster, output: Path, *arguments: str, cwd: Path = ROOT) ->
 def test_a_job_gives_the_losses_of_a_local_run(
     cluster: Cluster, losses: list[float], keys: Path, tmp_path: Path
 ) -> None:
-    """On three nodes; the repository is named with spaces and letters beyond ASCII, and so are the run and its output."""
+    """On three nodes; repository, run and output are named with spaces and letters beyond ASCII."""
     repository = tmp_path / "Bäume und Wälder"
     repository.symlink_to(ROOT)
     folder = tmp_path / "läuft hier"
@@ -87,3 +86,87 @@ def test_plain_srun_starts_a_rank_each(cluster: Cluster, losses: list[float], ke
     done = cluster.run(*command, timeout_s=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert summary(tmp_path / "run")["losses"] == losses
+
+
+def test_pmix_gives_the_ranks_too(cluster: Cluster) -> None:
+    """Slurm's PMIx servers share one machine here, so all tasks are on one node."""
+    program = (
+        "import os, hpc.topology as t; w = t.read_world(os.environ); print(w.launcher, w.global_rank, w.world_size)"
+    )
+    command = ("srun", "--mpi=pmix", "--nodes=1", "--ntasks=3", sys.executable, "-c", program)
+    done = cluster.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"slurm {rank} 3" for rank in range(3)]
+
+
+def test_node_lists_are_read_as_slurm_reads_them(cluster: Cluster) -> None:
+    for nodes in ("rack[1-2]node[3-4]", "gpu[03-05,9],login", "n[08-11]", "a,b-1.site", "x[1]y[2,4-5],z[0]"):
+        assert host_names(nodes) == cluster.run("scontrol", "show", "hostnames", nodes).stdout.split()
+
+
+def test_too_many_tasks_are_refused(cluster: Cluster, keys: Path, tmp_path: Path) -> None:
+    code, said = sbatch(cluster, tmp_path / "out", "--ntasks=4", "slurm/train.sh", *flags(tmp_path / "run", keys))
+    assert code == 2
+    (line,) = said.splitlines()
+    for words in ("4 tasks", "--trunk.ranks 1", "--train.clients 2", "3 roles", "sbatch --ntasks=3"):
+        assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+SERVER_AND_CLIENTS = ("--partition=server", "--gres=gpu:1", ":", "--partition=clients", "--nodes=2")
+
+
+def test_a_dry_run_in_a_job_shows_its_hosts(cluster: Cluster, keys: Path, tmp_path: Path) -> None:
+    arguments = (*SERVER_AND_CLIENTS, "slurm/hetjob.sh", *flags(tmp_path / "run", keys, "--dry_run"))
+    job = cluster.submit(f"--output={tmp_path / 'out'}", *arguments)
+    cluster.wait_for(job, "COMPLETED", "FAILED")
+    said = (tmp_path / "out").read_text()
+    rows = [line.split()[:4] for line in said.splitlines()[:4]]
+    assert rows == [
+        ["rank", "host", "role", "device"],
+        ["0", "node2", "trunk-0", "cuda:0"],
+        ["1", "node1", "client-0", "cpu"],
+        ["2", "node3", "client-1", "cpu"],
+    ], said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_heterogeneous_job(cluster: Cluster, losses: list[float], keys: Path, tmp_path: Path) -> None:
+    """The server on its partition with a (stand-in) GPU, the clients on theirs."""
+    output = tmp_path / "out"
+    arguments = (*SERVER_AND_CLIENTS, "slurm/hetjob.sh", *flags(tmp_path / "run", keys))
+    job = cluster.submit(f"--output={output}", *arguments)
+    cluster.wait_for(job, "COMPLETED", "FAILED", timeout_s=120)
+    assert (tmp_path / "run" / "summary.json").exists(), output.read_text()[-3000:]
+    assert summary(tmp_path / "run")["losses"] == losses
+
+
+def test_a_killed_client_does_not_end_the_job(cluster: Cluster, keys: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "run", tmp_path / "out"
+    more = ("--train.min_clients", "1", "--train.max_steps", "60")
+    job = cluster.submit(f"--output={output}", "--nodes=3", "slurm/train.sh", *flags(folder, keys, *more))
+    wait_for_step(cluster, folder, 3, output)
+    (number,) = [p for p in cluster.tasks(job) if cluster.environ_of(p).get("RANK") == "2"]
+    os.kill(number, signal.SIGKILL)
+    cluster.wait_for(job, "COMPLETED", "FAILED", timeout_s=120)
+    said = output.read_text()
+    assert summary(folder)["steps"] == 60, said[-3000:]
+    assert "client-1 was killed by SIGKILL" in said
+    assert cluster.job(job)["JobState"] == "COMPLETED"
+
+
+def test_a_requeued_job_ends_with_the_same_losses(
+    cluster: Cluster, losses: list[float], keys: Path, tmp_path: Path
+) -> None:
+    """Slurm's warning in mid-run: a checkpoint, another attempt of the same job, and no loss differs."""
+    folder, output = tmp_path / "run", tmp_path / "out"
+    job = cluster.submit(f"--output={output}", "--nodes=3", "slurm/train.sh", *flags(folder, keys))
+    wait_for_step(cluster, folder, 3, output)
+    cluster.run("scancel", "--signal=USR1", "--batch", str(job))
+    ended = cluster.wait_for(job, "COMPLETED", "FAILED", timeout_s=120)
+    said = output.read_text()
+    assert ended["JobState"] == "COMPLETED", said[-3000:]
+    assert ended["Restarts"] == "1"
+    assert f"job {job} is requeued" in said
+    assert "going on from checkpoint" in said
+    assert summary(folder)["losses"] == losses
