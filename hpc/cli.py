@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from hpc.config import Config
-from hpc.errors import ConfigError, HpcError
+from hpc.errors import ConfigError, HpcError, Paused
 from hpc.quiet import hush
 
 
@@ -89,7 +89,7 @@ def run_main(main: Callable[[list[str]], int], prefix: str = "error") -> None:
     try:
         code = main(sys.argv[1:])
     except HpcError as error:
-        sys.stderr.write(f"{prefix}: {error}\n")
+        sys.stderr.write(f"{error}\n" if isinstance(error, Paused) else f"{prefix}: {error}\n")
         code = error.exit_code
     except Exception:
         traceback.print_exc()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hpc import supervision
 from hpc.config import Config
-from hpc.errors import HpcError, LinkError, TopologyError
+from hpc.errors import HpcError, LinkError, Paused, TopologyError
 from hpc.schedule import total_steps
 from hpc.topology import World
 from hpc.turns import TURNS, Ring
@@ -65,8 +65,10 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
         if compares:
             own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
             processes.append(_start(command, {**environ, **own}))
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _end_on_request)
+        mpi = config.link.transport == "mpi"  # mpirun passes the signal on
+        pausing = _Pausing(processes[:1] if mpi else processes[: config.trunk.ranks])
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, pausing.ask)
         try:
             _watch(processes, Path(words), clients if least else [], least)
         finally:
@@ -144,9 +146,19 @@ def mpirun(processes: int) -> list[str]:
     return [found, *(["--allow-run-as-root"] if os.geteuid() == 0 else []), *options, "-n", str(processes)]
 
 
-def _end_on_request(number: int, frame: object) -> None:
-    """What `timeout`, torchrun or a job scheduler asks for; the roles must not outlive the command."""
-    raise RoleFailed(f"ended by {signal.Signals(number).name}", 128 + number)
+class _Pausing:
+    """What `timeout`, torchrun or a job scheduler asks for: a checkpoint, and the end; asked again, the end at once."""
+
+    def __init__(self, trunk: list[subprocess.Popen[bytes]]) -> None:
+        self._trunk, self._asked = trunk, False
+
+    def ask(self, number: int, frame: object) -> None:
+        if self._asked:
+            raise RoleFailed(f"ended by {signal.Signals(number).name}", 128 + number)
+        self._asked = True
+        for process in self._trunk:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGUSR1)
 
 
 def _listen(port: int) -> socket.socket:
@@ -201,7 +213,8 @@ def _watch(
         time.sleep(POLL_S)
     failed = _fatal(processes, spared, least)
     if failed:
-        raise _cause(failed, words)
+        cause = _cause(failed, words)
+        raise Paused(str(cause)) if cause.exit_code == Paused.exit_code else cause
     for path in sorted(words.glob("*.txt")):
         print(f"without harm to the run: {path.read_text().partition(chr(10))[2]}", file=sys.stderr)
 
@@ -227,8 +240,8 @@ def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """No role outlives the command: terminate, then kill, each with its whole process group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """No role outlives the command: end, then kill, each with its whole process group. SIGTERM would only pause it."""
+    for number in (signal.SIGHUP, signal.SIGKILL):
         alive = [process for process in processes if process.poll() is None]
         for process in alive:
             try:

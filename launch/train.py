@@ -11,9 +11,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from hpc.cli import make_parser, parse, run_main, to_yaml
 from hpc.config import Config
-from hpc.errors import BadInput, HpcError
+from hpc.errors import BadInput, HpcError, Paused
 from hpc.launcher import BASELINE, leave_last_words
 from hpc.preflight import check, check_data
+from hpc.stopping import listen
 from hpc.topology import Place, World, place, read_world
 
 LET_RANK_0_SPEAK_S = 5.0  # torchrun ends all ranks as soon as one has ended
@@ -67,12 +68,23 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
             check_data(config, [where.index])
         from hpc.federation import run_role
 
-        run_role(config, where, yaml)
+        def end(why: str, code: int) -> None:
+            report(where, why, code)
+            os._exit(code)
+
+        stop = None if where.role == "baseline" else listen(grace_s=config.run.grace_s, end=end)
+        run_role(config, where, yaml, stop=stop)
     except HpcError as error:
-        if not leave_last_words(where.name, str(error), error.exit_code):
-            sys.stderr.write(f"{where.name}: error: {error}\n")
+        report(where, str(error), error.exit_code)
         return error.exit_code
     return 0
+
+
+def report(where: Place, why: str, code: int) -> None:
+    """Why this role ends: to the launcher, or to the terminal."""
+    if not leave_last_words(where.name, why, code):
+        kind = "" if code == Paused.exit_code else "error: "
+        sys.stderr.write(f"{where.name}: {kind}{why}\n")
 
 
 if __name__ == "__main__":

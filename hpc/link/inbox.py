@@ -6,6 +6,7 @@ while the caller computes, so it can say which came first.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -33,6 +34,21 @@ class Inbox:
     def recv(self, peer: int, *kinds: Kind, device: torch.device | None = None) -> Frame:
         """The peer's next frame. Raises as `Channel.recv` does."""
         return self.channels[peer].recv(*kinds, device=device)
+
+    def recv_out_of_turn(self, peer: int, kind: Kind) -> Frame:
+        """The peer's first frame of this kind; frames that came before it keep their place. Here: none may have."""
+        return self.recv(peer, kind)
+
+    def skip_to(self, peer: int, kind: Kind, step: int) -> Frame:
+        """The peer's first frame of this kind and step; what came before it is dropped."""
+        while True:
+            frame = self.recv(peer)
+            if (frame.header.kind, frame.header.step) == (kind, step):
+                return frame
+
+    def replace(self, peer: int, channel: Channel) -> None:
+        """From now on the peer is at the other end of this channel."""
+        raise NotImplementedError("only where links are read in threads may a peer come back")
 
     def expect_anew(self, peer: int) -> None:
         """What this peer does next, it does upon what is sent to it now: its time begins anew."""
@@ -63,15 +79,35 @@ class ReadingInbox(Inbox):
         self._asked: dict[int, float] = {}  # since when a peer is waited for
         self._waited_s, self.taken_from = 0.0, -1
         for peer, channel in channels.items():
-            channel.read_elsewhere()
-            threading.Thread(target=self._read, args=(peer, channel), name=f"read-{peer}", daemon=True).start()
+            self._start_reading(peer, channel)
+
+    def _start_reading(self, peer: int, channel: Channel) -> None:
+        channel.read_elsewhere()
+        threading.Thread(target=self._read, args=(peer, channel), name=f"read-{peer}", daemon=True).start()
 
     @property
     def waited_s(self) -> float:
         return self._waited_s
 
+    def replace(self, peer: int, channel: Channel) -> None:
+        with self._changed:
+            self._frames[peer] = deque()
+            self._arrivals = deque(each for each in self._arrivals if each != peer)
+            self._broken.pop(peer, None)
+            self._asked.pop(peer, None)
+            self._changed.notify_all()
+        self._start_reading(peer, channel)
+
     def recv(self, peer: int, *kinds: Kind, device: torch.device | None = None) -> Frame:
         return _checked(self._take((peer,), wait=True), peer, kinds, self.channels[peer], device)
+
+    def recv_out_of_turn(self, peer: int, kind: Kind) -> Frame:
+        return _checked(self._take((peer,), wait=True, kind=kind), peer, (kind,), self.channels[peer], None)
+
+    def is_broken(self, peer: int) -> bool:
+        """Whether the peer's link has ended, whoever noticed it or not."""
+        with self._changed:
+            return peer in self._broken
 
     def recv_any(
         self, peers: Mapping[int, tuple[Kind, ...]], *, wait: bool, device: torch.device | None = None
@@ -90,12 +126,12 @@ class ReadingInbox(Inbox):
     def expect_anew(self, peer: int) -> None:
         self._asked.pop(peer, None)
 
-    def _take(self, peers: Sequence[int], *, wait: bool) -> Frame | None:
+    def _take(self, peers: Sequence[int], *, wait: bool, kind: Kind | None = None) -> Frame | None:
         start = told = time.perf_counter()
         try:
             while True:
                 with self._changed:
-                    frame = self._next_of(peers, wait=wait)
+                    frame = self._next_of(peers, wait=wait, kind=kind)
                     if frame is not None or not wait:
                         return frame
                     self._changed.wait(min(_LOOK_S, self._timeout_s / 10))
@@ -105,11 +141,13 @@ class ReadingInbox(Inbox):
         finally:
             self._waited_s += time.perf_counter() - start
 
-    def _next_of(self, peers: Sequence[int], *, wait: bool) -> Frame | None:
+    def _next_of(self, peers: Sequence[int], *, wait: bool, kind: Kind | None) -> Frame | None:
         """Raises what broke a peer's link once its frames are used up, or PeerLost at its deadline."""
-        peer = next((peer for peer in self._arrivals if peer in peers), None)
-        if peer is not None:
-            return self._hand_out(peer)
+        for arrival, peer in enumerate(self._arrivals):
+            if peer in peers:
+                place = sum(each == peer for each in itertools.islice(self._arrivals, arrival))
+                if kind is None or self._frames[peer][place].header.kind is kind:
+                    return self._hand_out(peer, arrival, place)
         if wait:
             self._check_deadlines(peers)
         for peer in peers:
@@ -118,11 +156,13 @@ class ReadingInbox(Inbox):
                 raise self._broken[peer]
         return None
 
-    def _hand_out(self, peer: int) -> Frame:
-        self._arrivals.remove(peer)
+    def _hand_out(self, peer: int, arrival: int, place: int) -> Frame:
+        """The frame that came as number `arrival` of all, `place` of its peer's."""
+        del self._arrivals[arrival]
         self._asked.pop(peer, None)
         self.taken_from = peer
-        frame = self._frames[peer].popleft()
+        frame = self._frames[peer][place]
+        del self._frames[peer][place]
         self._changed.notify_all()
         return frame
 
@@ -139,7 +179,9 @@ class ReadingInbox(Inbox):
             while True:
                 frame = channel.recv(patience_s=_FOR_EVER_S)
                 with self._changed:
-                    self._changed.wait_for(lambda: len(self._frames[peer]) < _AHEAD)
+                    self._changed.wait_for(lambda: len(self._frames[peer]) < _AHEAD or not self._reads(peer, channel))
+                    if not self._reads(peer, channel):
+                        return
                     self._frames[peer].append(frame)
                     self._arrivals.append(peer)
                     self._changed.notify_all()
@@ -150,8 +192,13 @@ class ReadingInbox(Inbox):
         except Exception as error:  # a thread's traceback would go unseen
             broken = LinkError(f"{channel.peer}: {type(error).__name__}: {error}")
         with self._changed:
-            self._broken.setdefault(peer, broken)
+            if self._reads(peer, channel):
+                self._broken.setdefault(peer, broken)
             self._changed.notify_all()
+
+    def _reads(self, peer: int, channel: Channel) -> bool:
+        """Whether the peer is still at the other end of this channel (`replace`)."""
+        return self.channels[peer] is channel
 
 
 def _checked(

@@ -88,6 +88,9 @@ FLOORS = {
     "hpc.generate": 5,
     "hpc.ask": 5,
     "hpc.wishes": 1,
+    "hpc.stopping": 1,
+    "hpc.admission": 3,
+    "hpc.reception": 3,
     "hpc.rendezvous": 5,
     "hpc.launcher": 5,
     "hpc.preflight": 5,
@@ -113,6 +116,7 @@ NO_TORCH = {
     "hpc.link.kinds",
     "hpc.trunk_config",
     "hpc.quantizer",
+    "hpc.stopping",
     "hpc.report.events",
     "hpc.report.provenance",
 }
