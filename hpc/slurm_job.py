@@ -51,9 +51,10 @@ class SlurmJob:
             for seat in self.seats:
                 self._start(seat)
             self._watch()
+            codes = self._poll()  # before those are ended that took too long
         finally:
             self._stop()
-        return self._conclude()
+        return self._conclude(codes)
 
     def _be_asked(self, number: int, frame: object) -> None:
         self._asked = self._asked or signal.Signals(number)
@@ -128,13 +129,13 @@ class SlurmJob:
                 say(f"{seat.role} is started again ({count + 1} of {allowed})")
                 self._start(seat)
 
-    def _conclude(self) -> int:
-        codes = {role: step.returncode for role, step in self._steps.items()}
-        trunk = self.seats[0].role
-        killed = codes[trunk] is None or codes[trunk] < 0 or codes[trunk] > SIGNALLED
-        if codes[trunk] == PAUSED or (self._asked and killed):
-            if codes[trunk] != PAUSED:
-                say(f"{trunk} wrote no checkpoint in time; the run goes on from the one before")
+    def _conclude(self, codes: dict[str, int | None]) -> int:
+        """The exit code of the job, which is requeued first if the run was interrupted."""
+        trunk = codes[self.seats[0].role]
+        killed = trunk is None or trunk < 0 or trunk > SIGNALLED
+        if trunk == PAUSED or (self._asked and killed):
+            if trunk != PAUSED:
+                say("the trunk wrote no checkpoint in time; the run goes on from the one before, if there is one")
             self._requeue()
             return PAUSED
         fatal = supervision.fatal(codes, self._clients, self.config.train.min_clients)
@@ -152,7 +153,7 @@ class SlurmJob:
         elif job.get("Requeue") != "1":
             say("the job may not be requeued (sbatch --requeue); go on with --run.resume_from_checkpoint latest")
         else:
-            say(f"job {self.job_id} is requeued and goes on from its last checkpoint")
+            say(f"job {self.job_id} is requeued, to go on from its last checkpoint")
             ask_calmly("requeue", self.job_id)
 
     def _stop(self) -> None:

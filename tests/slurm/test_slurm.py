@@ -20,7 +20,10 @@ from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.timeout(180)
 # One thread everywhere, so that a job's losses can be equal to the bit.
-SHORT = ("--train.max_steps", "10", "--run.threads", "1", "--run.save_adapter", "false", "--data.val_examples", "0")
+SHORT = (
+    *("--train.max_steps", "10", "--train.lr_scheduler", "constant", "--data.val_examples", "0"),
+    *("--run.threads", "1", "--run.save_adapter", "false"),
+)
 RUN = [*TINY, *SHORT]
 LONGER = 40  # long enough for a signal to come in between
 
@@ -133,37 +136,31 @@ def test_a_dry_run_in_a_job_shows_its_hosts(cluster: Cluster, keys: Path, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_heterogeneous_job(cluster: Cluster, losses: list[float], keys: Path, tmp_path: Path) -> None:
-    """The server on its partition with a (stand-in) GPU, the clients on theirs."""
-    output = tmp_path / "out"
-    arguments = (*SERVER_AND_CLIENTS, "slurm/hetjob.sh", *flags(tmp_path / "run", keys))
-    job = cluster.submit(f"--output={output}", *arguments)
-    cluster.wait_for(job, "COMPLETED", "FAILED", timeout_s=120)
-    assert (tmp_path / "run" / "summary.json").exists(), output.read_text()[-3000:]
-    assert summary(tmp_path / "run")["losses"] == losses[:10]
-
-
-def test_a_killed_client_does_not_end_the_job(cluster: Cluster, keys: Path, tmp_path: Path) -> None:
+def test_a_killed_client_does_not_end_a_heterogeneous_job(cluster: Cluster, keys: Path, tmp_path: Path) -> None:
+    """The server on its partition with a (stand-in) GPU, the clients on theirs; one dies by SIGKILL."""
     folder, output = tmp_path / "run", tmp_path / "out"
     more = ("--train.min_clients", "1", "--train.max_steps", "60")
-    job = cluster.submit(f"--output={output}", "--nodes=3", "slurm/train.sh", *flags(folder, keys, *more))
+    job = cluster.submit(f"--output={output}", *SERVER_AND_CLIENTS, "slurm/hetjob.sh", *flags(folder, keys, *more))
     wait_for_step(cluster, folder, 3, output)
-    (number,) = [p for p in cluster.tasks(job) if cluster.environ_of(p).get("RANK") == "2"]
+    (number,) = [task for task in cluster.tasks(job) if cluster.environ_of(task).get("RANK") == "2"]
     os.kill(number, signal.SIGKILL)
-    cluster.wait_for(job, "COMPLETED", "FAILED", timeout_s=120)
+    ended = cluster.wait_for(job, "COMPLETED", "FAILED")
     said = output.read_text()
-    assert summary(folder)["steps"] == 60, said[-3000:]
+    assert ended["JobState"] == "COMPLETED", said[-3000:]
+    assert summary(folder)["steps"] == 60
     assert "client-1 was killed by SIGKILL" in said
-    assert cluster.job(job)["JobState"] == "COMPLETED"
 
 
 def test_a_requeued_job_ends_with_the_same_losses(
     cluster: Cluster, losses: list[float], keys: Path, tmp_path: Path
 ) -> None:
-    """Slurm's warning in mid-run: a checkpoint, another attempt of the same job, and no loss differs."""
+    """Slurm's warning in mid-run: a checkpoint, another attempt of the same job, and no loss differs.
+
+    All three steps share one node.
+    """
     folder, output = tmp_path / "run", tmp_path / "out"
     job = cluster.submit(
-        f"--output={output}", "--nodes=3", "slurm/train.sh", *flags(folder, keys, "--train.max_steps", str(LONGER))
+        f"--output={output}", "--nodes=1", "slurm/train.sh", *flags(folder, keys, "--train.max_steps", str(LONGER))
     )
     wait_for_step(cluster, folder, 3, output)
     cluster.run("scancel", "--signal=USR1", "--batch", str(job))
