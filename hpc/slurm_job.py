@@ -6,6 +6,7 @@ before the time limit) and SIGTERM are passed on to the trunk, which writes a ch
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
 
 from hpc import supervision
 from hpc.config import Config
@@ -22,11 +25,12 @@ from hpc.launcher import GRACE_S, THREADS, child_environment
 from hpc.placement import Seat
 from hpc.slurm_hosts import Ask, scontrol
 from hpc.slurm_steps import step_command, step_environment
-from hpc.supervision import PAUSED
+from hpc.supervision import PAUSED, worth_requeueing
 from hpc.topology import port_of_job
 
 POLL_S = 0.1
 SIGNALLED = 128  # srun's exit code for a task that a signal killed is this and the signal's number
+MANIFEST = "manifest.json"  # as hpc.checkpoint has it, which brings torch
 WARNINGS = (signal.SIGUSR1, signal.SIGTERM)
 
 
@@ -42,6 +46,7 @@ class SlurmJob:
         self._failed: list[tuple[str, int]] = []
         self._asked: signal.Signals | None = None
         self._deadline: float | None = None
+        self._begun = time.time()
 
     def run(self) -> int:
         """Until the run has ended; the exit code of the job."""
@@ -150,11 +155,21 @@ class SlurmJob:
         job = dict(re.findall(r"(\S+?)=(\S*)", ask_calmly("show", "job", "--oneliner", self.job_id)))
         if job.get("JobState") != "RUNNING":
             say(f"the job is {job.get('JobState', 'unknown to Slurm')}, so it is left to Slurm")
+        elif not worth_requeueing(self._progressed(), seconds_left(job.get("EndTime", ""))):
+            say(
+                "no checkpoint was written within the time limit, so another attempt would not get further; give more "
+                "--time, or a smaller --train.save_every"
+            )
         elif job.get("Requeue") != "1":
             say("the job may not be requeued (sbatch --requeue); go on with --run.resume_from_checkpoint latest")
         else:
             say(f"job {self.job_id} is requeued, to go on from its last checkpoint")
             ask_calmly("requeue", self.job_id)
+
+    def _progressed(self) -> bool:
+        """Whether this attempt has committed a checkpoint."""
+        manifests = Path(str(self.config.run.folder)).glob(f"checkpoint-*/{MANIFEST}")
+        return any(path.stat().st_mtime >= self._begun for path in manifests)
 
     def _stop(self) -> None:
         """End what still runs. srun ends its step when it is terminated."""
@@ -167,6 +182,14 @@ class SlurmJob:
             for step in alive:
                 with suppress(subprocess.TimeoutExpired):
                     step.wait(max(0.0, deadline - time.monotonic()))
+
+
+def seconds_left(end_time: str) -> float:
+    """Until the job's time limit, from what `scontrol` calls EndTime; without a limit, infinite."""
+    try:
+        return datetime.fromisoformat(end_time).timestamp() - time.time()
+    except ValueError:
+        return math.inf
 
 
 def how(code: int) -> str:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 Member = TypeVar("Member")
 BAD_INPUT, PAUSED = 2, 75
+NEAR_THE_LIMIT_S = 300.0
 
 
 def fatal(codes: Mapping[Member, int | None], spared: Collection[Member], least: int) -> list[Member]:
@@ -38,3 +39,11 @@ def cause(ended: Sequence[tuple[str, int]]) -> tuple[str, int]:
 def may_return(code: int | None, restarts: int, allowed: int) -> bool:
     """Whether a client that ended with `code` is started again; what it was told wrong, it would be told again."""
     return code not in (None, 0, BAD_INPUT, PAUSED) and restarts < allowed
+
+
+def worth_requeueing(progressed: bool, seconds_left: float) -> bool:
+    """Whether another attempt may get further than this one, which was warned with so much of its time left.
+
+    One that the time limit stopped before its first checkpoint would be stopped there again, for ever.
+    """
+    return progressed or seconds_left > NEAR_THE_LIMIT_S

@@ -28,4 +28,6 @@ if [ ! -e "$root/slurm/common.sh" ]; then
     exit 2
 fi
 . "$root/slurm/common.sh"
+# Slurm's warning must not end Python before Python listens.
+trap '' USR1
 exec "$python" "$root/launch/on_slurm.py" "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -36,10 +37,10 @@ def test_scripts_are_valid_shell(name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def outside_of_a_job(name: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+def outside_of_a_job(name: str, cwd: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "HPC_"))}
     return subprocess.run(
-        ["bash", str(SLURM / name)],
+        ["bash", str(SLURM / name), *arguments],
         cwd=cwd,
         env={**kept, **extra},
         capture_output=True,
@@ -82,3 +83,34 @@ def test_an_array_index_without_table_is_refused() -> None:
     done = outside_of_a_job("reproduce.sh", ROOT, SLURM_ARRAY_TASK_ID="17")
     assert done.returncode == 2
     assert "17" in done.stderr
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """One with nothing but our scripts in it, and a Python that tells what it was given."""
+    shutil.copytree(SLURM, tmp_path / "my repo" / "slurm")
+    (tmp_path / "my repo" / "python").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    (tmp_path / "my repo" / "python").chmod(0o755)
+    return tmp_path / "my repo"
+
+
+def test_an_index_stands_for_a_table(repository: Path) -> None:
+    known = {"HPC_ROOT": str(repository), "HPC_PYTHON": str(repository / "python"), "SLURM_ARRAY_TASK_ID": "1"}
+    missing = outside_of_a_job("reproduce.sh", repository.parent, **known)
+    assert missing.returncode == 2
+    (line,) = missing.stderr.splitlines()
+    assert "launch/reproduce.py" in line
+    (repository / "launch").mkdir()
+    (repository / "launch" / "reproduce.py").touch()
+    done = outside_of_a_job("reproduce.sh", repository.parent, **known)
+    assert done.stdout == f"{repository}/launch/reproduce.py|table2|"
+
+
+@pytest.mark.parametrize(
+    ("name", "program"), [("train.sh", "on_slurm.py"), ("hetjob.sh", "on_slurm.py"), ("bench.sh", "bench.py")]
+)
+def test_scripts_run_their_program_with_the_flags(name: str, program: str, repository: Path) -> None:
+    """From a folder within the repository, flags with spaces as they are."""
+    known = {"SLURM_SUBMIT_DIR": str(repository / "slurm"), "HPC_PYTHON": str(repository / "python")}
+    done = outside_of_a_job(name, repository.parent, "--a", "b c", **known)
+    assert done.stdout == f"{repository}/launch/{program}|--a|b c|", done.stderr

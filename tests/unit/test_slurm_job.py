@@ -26,7 +26,7 @@ exec "$@"
 SCONTROL = """\
 #!/usr/bin/env bash
 echo "$*" >> "$(dirname "$0")/asked"
-[ "$1" = show ] && echo "JobId=7 Requeue={requeue} JobState={state}"
+[ "$1" = show ] && echo "JobId=7 Requeue={requeue} JobState={state} EndTime={end}"
 exit 0
 """
 # A role: waits until it is asked to stop (75), for so long, or ends with a code at once; told by its rank.
@@ -42,11 +42,12 @@ import hpc.slurm_job
 from hpc.config import Config, RunConfig, TrainConfig
 from hpc.placement import Host, place_roles
 least, restarts, grace_s = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-train, run = TrainConfig(clients=2, min_clients=least), RunConfig(client_restarts=restarts, grace_s=grace_s)
+train = TrainConfig(clients=2, min_clients=least)
+run = RunConfig(client_restarts=restarts, grace_s=grace_s, output_dir=sys.argv[4])
 config = Config(train=train, run=run)
 hpc.slurm_job.GRACE_S = 1.0
 seats = place_roles([Host(name="n", address="127.0.0.1", tasks=3, cpus=3)], config)
-sys.exit(hpc.slurm_job.SlurmJob(config, seats, [sys.executable, *sys.argv[4:]]).run())
+sys.exit(hpc.slurm_job.SlurmJob(config, seats, [sys.executable, *sys.argv[5:]]).run())
 """
 FINE, FAILS, BAD_INPUT, WAITS = "time.sleep(0.3)", "sys.exit(1)", "sys.exit(2)", "time.sleep(20)"
 STEPS = "time.sleep(2)"
@@ -76,8 +77,8 @@ def job(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def answers(folder: Path, *, requeue: int = 1, state: str = "RUNNING") -> None:
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL.format(requeue=requeue, state=state))):
+def answers(folder: Path, *, requeue: int = 1, state: str = "RUNNING", end: str = "Unknown") -> None:
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL.format(requeue=requeue, state=state, end=end))):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
 
@@ -85,7 +86,7 @@ def answers(folder: Path, *, requeue: int = 1, state: str = "RUNNING") -> None:
 def run(folder: Path, *roles: str, least: int = 0, restarts: int = 0, warn: int = 0, grace_s: float = 5) -> Ended:
     """`roles`: what the trunk and the two clients do. `warn`: a signal to the job once all have started."""
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
-    settings = [str(least), str(restarts), str(grace_s)]
+    settings = [str(least), str(restarts), str(grace_s), str(folder / "run")]
     process = subprocess.Popen(
         [sys.executable, "-c", JOB, *settings, str(folder / "role.py"), *roles],
         env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "7"},
@@ -173,3 +174,14 @@ def test_a_run_that_ends_before_the_warning_is_heard_is_not_requeued(job: Path) 
     done = "signal.signal(signal.SIGUSR1, signal.SIG_IGN); time.sleep(1)"
     ended = run(job, done, FINE, FINE, warn=signal.SIGUSR1)
     assert (ended.code, ended.requeued) == (0, False)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_time_limit_that_allows_no_checkpoint_ends_the_job(checkpoint: bool, job: Path) -> None:
+    answers(job, end=time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 60)))
+    folder = job / "run" / "checkpoint-3"
+    folder.mkdir(parents=True)
+    saves = f"open({str(folder / 'manifest.json')!r}, 'w').close(); time.sleep(20)" if checkpoint else WAITS
+    ended = run(job, saves, FINE, FINE, warn=signal.SIGUSR1)
+    assert (ended.code, ended.requeued) == (75, checkpoint)
+    assert ("more --time" in ended.said) != checkpoint

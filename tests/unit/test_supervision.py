@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpc.supervision import cause, fatal, may_return, served
+from hpc.supervision import cause, fatal, may_return, served, worth_requeueing
 
 CLIENTS = ["client-0", "client-1", "client-2"]
 RUNNING = dict.fromkeys(["trunk-0", *CLIENTS])
@@ -49,3 +49,9 @@ def test_the_cause(ended: list[tuple[str, int]], blamed: str) -> None:
 )
 def test_a_client_is_started_again(code: int | None, restarts: int, again: bool) -> None:
     assert may_return(code, restarts, 2) == again
+
+
+def test_an_attempt_that_the_limit_stops_at_once_is_not_repeated_for_ever() -> None:
+    assert worth_requeueing(True, 10)
+    assert worth_requeueing(False, 3600)  # a node was wanted for something else
+    assert not worth_requeueing(False, 100)
