@@ -90,15 +90,16 @@ class SlurmJob:
 
     def _watch(self) -> None:
         """Until all steps have ended well, or one has failed and the others have had their time to end."""
-        told = False
+        told = ended = False
         while any(code is None for code in self._poll().values()):
             if self._asked and not told:
                 told = True
                 self._pass_on(self._asked)
             codes = self._poll()
             fatal = supervision.fatal(codes, self._clients, self.config.train.min_clients)
-            if self._deadline is None and (fatal or supervision.served(codes, self._clients)):
-                self._deadline = time.monotonic() + GRACE_S
+            if not ended and (fatal or supervision.served(codes, self._clients)):
+                ended = True
+                self._deadline = min(self._deadline or math.inf, time.monotonic() + GRACE_S)
             if self._deadline is None:
                 self._bring_back(codes)
             elif time.monotonic() > self._deadline:
@@ -116,10 +117,17 @@ class SlurmJob:
         return codes
 
     def _pass_on(self, number: signal.Signals) -> None:
-        """srun hands SIGUSR1 on to its task; SIGTERM it would take for itself."""
+        """srun hands SIGUSR1 on to its task; SIGTERM it would take for itself.
+
+        Where Slurm ends the job (limit, preemption, scancel) it has sent SIGTERM to the roles too, and would a second
+        signal come they would end at once.
+        """
         wait_s = self.config.run.grace_s + GRACE_S
-        say(f"{number.name}: the trunk is asked for a checkpoint; waiting up to {wait_s:g} s")
         self._deadline = time.monotonic() + wait_s
+        if number == signal.SIGTERM and self._described().get("JobState") != "RUNNING":
+            say(f"{number.name}: Slurm ends the job; waiting up to {wait_s:g} s for a checkpoint")
+            return
+        say(f"{number.name}: the trunk is asked for a checkpoint; waiting up to {wait_s:g} s")
         for role, step in self._steps.items():
             if not role.startswith("client") and step.poll() is None:
                 step.send_signal(signal.SIGUSR1)
@@ -152,7 +160,7 @@ class SlurmJob:
 
     def _requeue(self) -> None:
         """Unless Slurm does it already, was told not to, or the user cancelled the job."""
-        job = dict(re.findall(r"(\S+?)=(\S*)", ask_calmly("show", "job", "--oneliner", self.job_id)))
+        job = self._described()
         if job.get("JobState") != "RUNNING":
             say(f"the job is {job.get('JobState', 'unknown to Slurm')}, so it is left to Slurm")
         elif not worth_requeueing(self._progressed(), seconds_left(job.get("EndTime", ""))):
@@ -165,6 +173,11 @@ class SlurmJob:
         else:
             say(f"job {self.job_id} is requeued, to go on from its last checkpoint")
             ask_calmly("requeue", self.job_id)
+
+    def _described(self) -> dict[str, str]:
+        """The job as Slurm sees it."""
+        lines = ask_calmly("show", "job", "--oneliner", self.job_id).splitlines()
+        return dict(re.findall(r"(\S+?)=(\S*)", lines[0])) if lines else {}
 
     def _progressed(self) -> bool:
         """Whether this attempt has committed a checkpoint."""

@@ -185,3 +185,12 @@ def test_a_time_limit_that_allows_no_checkpoint_ends_the_job(checkpoint: bool, j
     ended = run(job, saves, FINE, FINE, warn=signal.SIGUSR1)
     assert (ended.code, ended.requeued) == (75, checkpoint)
     assert ("more --time" in ended.said) != checkpoint
+
+
+def test_where_slurm_ends_the_job_the_trunk_is_not_asked_twice(job: Path) -> None:
+    """A second signal would end it without its checkpoint."""
+    answers(job, state="PREEMPTED")
+    counts = "signal.signal(signal.SIGUSR1, lambda *_: open(sys.argv[0] + '.asked', 'w')); time.sleep(1); sys.exit(75)"
+    ended = run(job, counts, FINE, FINE, warn=signal.SIGTERM)
+    assert (ended.code, ended.requeued) == (75, False)
+    assert not (job / "role.py.asked").exists()
