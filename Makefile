@@ -18,8 +18,8 @@ demo: $(STAMP)
 
 # Tests with processes of their own run one at a time: they would only wait for each other, and their deadlines count.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/multiprocess $(CHOICE)
-	$(BIN)/python -m pytest tests/multiprocess $(CHOICE)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/multiprocess --ignore tests/slurm $(CHOICE)
+	$(BIN)/python -m pytest tests/multiprocess tests/slurm $(CHOICE)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -242,7 +242,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one."""
     threads: int = 0
-    """CPU threads of each process; 0: all cores, or its share where launch/local.py starts all roles on one machine."""
+    """CPU threads of each process; 0: all cores, or its share where launch/local.py or slurm/train.sh starts it."""
     baseline_steps: int = 0
     """Train so many steps of the uncut model beside the run, step by step in turn, to compare time and loss."""
     client_restarts: int = 0

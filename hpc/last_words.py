@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from hpc import supervision
 from hpc.errors import BadInput, HpcError, Paused
 
 LAST_WORDS = "HPC_LAST_WORDS"
@@ -85,7 +86,7 @@ def cause(failed: Mapping[str, int], words: Path) -> RoleFailed:
     )
     said = last_words(words)
     if said:
-        first = min(said, key=lambda each: (each.exit_code != BadInput.exit_code, not str(each).startswith("trunk")))
+        first = RoleFailed(*supervision.cause([(str(each), each.exit_code) for each in said]))
         spoilt = killed and first.exit_code not in (BadInput.exit_code, Paused.exit_code)
         return RoleFailed(f"{killed}; {first}", 1) if spoilt else first
     if killed:

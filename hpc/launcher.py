@@ -12,23 +12,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from hpc.config import Config
-from hpc.errors import LinkError, Paused, TopologyError
-from hpc.last_words import LAST_WORDS, RoleFailed, cause, ending, last_words
-from hpc.logs import note_killed
+from hpc.errors import LinkError, TopologyError
+from hpc.last_words import LAST_WORDS, RoleFailed, cause, ending
 from hpc.nurslings import Nursery, Process, roles_can_be_forked
+from hpc.roles import GRACE_S, Roles, stop
 from hpc.schedule import total_steps
 from hpc.topology import World
 from hpc.turns import TURNS, Ring
 
-GRACE_S = 15.0  # for the others to notice a dead role and end by themselves
-POLL_S = 0.05
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STORE_FD, BASELINE, THREADS = "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
@@ -50,37 +47,31 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
         command = [sys.executable, str(script), *arguments]
         start: Start = partial(_start_by_itself, command, environ)
         nursery: Nursery | None = None
-        processes: list[Process] = []
-        # mpirun passes the signal on to all ranks
-        pausing = _Pausing(lambda: processes[: 1 if config.link.transport == "mpi" else config.trunk.ranks])
+        roles = Roles(config, Path(words))
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, pausing.ask)
+            signal.signal(number, roles.pause)
         try:
             if config.link.transport == "mpi":
-                clients: Sequence[Process] = []  # an MPI job ends with any of its processes
                 listener.close()  # mpirun passes no open file on; rank 0 binds the port again
                 if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
                     environ["TERM"] = "dumb"
-                processes.append(_start([*mpirun(config.world_size), *command], environ))
-                names = ["mpirun"]
+                roles.start("mpirun", partial(_start, [*mpirun(config.world_size), *command], environ))
             else:
                 if roles_can_be_forked(config, environ):
                     nursery = _nursery(config, script, arguments, environ, listener)
                     start = nursery.start
-                processes += _start_ranks(config, start, listener)
-                clients = processes[config.trunk.ranks :]
-                names = [role_name(config, rank) for rank in range(config.world_size)]
-            least = config.train.min_clients
+                for rank in range(config.world_size):
+                    roles.start(role_name(config, rank), partial(start, *_own(config, rank, listener)))
             if compares:
-                processes.append(start({BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}, ()))
-                names.append("baseline")
-            _watch(processes, Path(words), clients if least else [], least, names)
+                own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
+                roles.start("baseline", partial(start, own, ()))
+            roles.watch()
         except RoleFailed:
             if nursery is not None and nursery.death is not None:
                 raise RoleFailed(nursery.death, 1) from None
             raise
         finally:
-            _stop(processes)
+            roles.stop()
             if nursery is not None:
                 nursery.close()
         if (line := ending(Path(words))) is not None:
@@ -110,7 +101,7 @@ def beside(config: Config, command: list[str]) -> Iterator[World]:
                 raise cause({"trunk-0": process.returncode}, Path(words)) from None
             raise
         finally:
-            _stop([process])
+            stop([process])
 
 
 def _end_by_itself(process: subprocess.Popen[bytes]) -> None:
@@ -163,22 +154,6 @@ def mpirun(processes: int) -> list[str]:
     return [found, *(["--allow-run-as-root"] if os.geteuid() == 0 else []), *options, "-n", str(processes)]
 
 
-class _Pausing:
-    """What `timeout`, torchrun or a job scheduler asks for: a checkpoint, and the end; asked again, the end at once."""
-
-    def __init__(self, trunk: Callable[[], Sequence[Process]]) -> None:
-        self._trunk, self._asked = trunk, False
-
-    def ask(self, number: int, frame: object) -> None:
-        running = [process.pid for process in self._trunk() if process.pid is not None and process.poll() is None]
-        if self._asked or not running:
-            raise RoleFailed(f"stopped by {signal.Signals(number).name}", 128 + number)
-        self._asked = True
-        for pid in running:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
-
-
 def _listen(port: int) -> socket.socket:
     """Bind the rendezvous port here and hand the socket down, so that nobody can take it in between."""
     listener = socket.socket()
@@ -199,20 +174,12 @@ def _nursery(
     return Nursery(command, script, arguments, environ, quantization=kind, hand_down=open_files)
 
 
-def _start_ranks(config: Config, start: Start, listener: socket.socket) -> list[Process]:
-    processes, count = [], config.world_size
-    for rank in range(count):
-        own = {
-            **cpu_share(config, rank),
-            "RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_RANK": str(rank),
-        }
-        hand_down = (listener.fileno(),) if rank == 0 else ()
-        if rank == 0:
-            own[STORE_FD] = str(listener.fileno())
-        processes.append(start(own, hand_down))
-    return processes
+def _own(config: Config, rank: int, listener: socket.socket) -> tuple[dict[str, str], tuple[int, ...]]:
+    """A rank's own variables, and the open files that it is handed."""
+    own = {"RANK": str(rank), "WORLD_SIZE": str(config.world_size), "LOCAL_RANK": str(rank)}
+    if rank:
+        return {**cpu_share(config, rank), **own}, ()
+    return {**cpu_share(config, rank), **own, STORE_FD: str(listener.fileno())}, (listener.fileno(),)
 
 
 def _start_by_itself(
@@ -223,48 +190,3 @@ def _start_by_itself(
 
 def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environ, pass_fds=hand_down, stdin=subprocess.DEVNULL, start_new_session=True)
-
-
-def _watch(
-    processes: Sequence[Process], words: Path, spared: Sequence[Process], least: int, names: Sequence[str]
-) -> None:
-    """Until all have ended well, or one has failed and the others have had their time to end.
-
-    Of those `spared`, some may fail as long as `least` are left. `names`: the processes' roles.
-    """
-    deadline = None
-    while any(process.poll() is None for process in processes):
-        served = all(process.poll() is not None for process in processes if process not in spared)
-        if deadline is None and (served or _fatal(processes, spared, least)):
-            deadline = time.monotonic() + GRACE_S
-        if deadline is not None and time.monotonic() > deadline:
-            break
-        time.sleep(POLL_S)
-    statuses = {names[place]: process.returncode or 0 for place, process in enumerate(processes)}
-    note_killed(statuses, words)
-    failed = _fatal(processes, spared, least)
-    if failed:
-        why = cause({(role := names[processes.index(each)]): statuses[role] for each in failed}, words)
-        raise Paused(str(why)) if why.exit_code == Paused.exit_code else why
-    for left in last_words(words):
-        print(f"without harm to the run: {left}", file=sys.stderr)
-
-
-def _fatal(processes: Sequence[Process], spared: Sequence[Process], least: int) -> list[Process]:
-    """The processes whose failure ends the run."""
-    failed = [process for process in processes if process.poll()]
-    left = sum(process not in failed for process in spared)
-    return [process for process in failed if process not in spared or left < least]
-
-
-def _stop(processes: Sequence[Process]) -> None:
-    """No role outlives the command: end, then kill, each with its whole process group. SIGTERM would only pause it."""
-    for number in (signal.SIGHUP, signal.SIGKILL):
-        # One that is yet to be forked ends with the nursery.
-        alive = {process.pid: process for process in processes if process.poll() is None and process.pid is not None}
-        for pid in alive:
-            with suppress(ProcessLookupError):
-                os.killpg(pid, number)
-        deadline = time.monotonic() + 3
-        while any(process.poll() is None for process in alive.values()) and time.monotonic() < deadline:
-            time.sleep(POLL_S)

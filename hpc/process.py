@@ -31,6 +31,8 @@ def prepare_process(config: Config, place: Place) -> None:
     device = device_of(config, place)
     # DeepSpeed takes its device from here; ranks may share one, or see only their own.
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else place.world.local_rank)
+    if place.role == "trunk":  # its whole world is the trunk; ZeRO 3 refuses a group that is smaller than this says
+        os.environ["WORLD_SIZE"] = str(config.trunk.ranks)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from hpc.config import Config
 from hpc.errors import TopologyError
+from hpc.hostlist import first_host
 
 Launcher = Literal["env", "mpi", "slurm", "none"]
 DEFAULT_PORT = 29477
@@ -60,15 +61,16 @@ def read_world(environ: Mapping[str, str]) -> World:
             master_port=_port(environ, DEFAULT_PORT),
             agent_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
-    for rank_name, size_name, local in (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ):
+    mpi = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")]
+    if not _is_slurm_task(environ):
+        mpi += [("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")]
+    for rank_name, size_name, local in mpi:
         if rank_name in environ and size_name in environ:
             rank, size = _number(environ, rank_name), _number(environ, size_name)
             return _meeting_later(environ, "mpi", rank, size, local)
-    if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ:
-        rank, size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
+    if _is_slurm_task(environ):
+        rank = _number(environ, "PMIX_RANK" if "PMIX_RANK" in environ else "SLURM_PROCID")
+        size = _number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
         return _meeting_later(environ, "slurm", rank, size, "SLURM_LOCALID")
     return World(
         launcher="none",
@@ -80,10 +82,19 @@ def read_world(environ: Mapping[str, str]) -> World:
     )
 
 
+def _is_slurm_task(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process, with PMI, PMIx or without.
+
+    A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS too, but it is no step. A process that MPICH's mpirun
+    started through srun has a local rank from it, and srun's own PMI gives none.
+    """
+    return "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and "MPI_LOCALRANKID" not in environ
+
+
 def _meeting_later(environ: Mapping[str, str], launcher: Launcher, rank: int, size: int, local: str) -> World:
     """MPI and Slurm name no meeting point: Slurm's first host and a port made from the job's number."""
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    port = DEFAULT_PORT + _number(environ, "SLURM_JOB_ID", 0) % 10_000
+    port = port_of_job(_number(environ, "SLURM_JOB_ID", 0))
     return World(
         launcher=launcher,
         global_rank=rank,
@@ -112,6 +123,11 @@ def _port(environ: Mapping[str, str], default: int) -> int:
     return port
 
 
+def port_of_job(job_id: int) -> int:
+    """Where the roles of a Slurm job meet: jobs that share a host get ports of their own."""
+    return DEFAULT_PORT + job_id % 10_000
+
+
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environ.get(name)
     if text is None and default is not None:
@@ -120,14 +136,6 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         return int(str(text))
     except ValueError:
         raise TopologyError(f"{name} is {text!r}; the launcher must set it to a number") from None
-
-
-def first_host(nodelist: str) -> str:
-    """First host of a Slurm node list: `gpu[03-05,9],login` → `gpu03`."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\](\S*?)(?:,|$))?", nodelist)
-    if match is None:
-        return nodelist
-    return match[1] + (match[2] or "") + (match[3] or "")
 
 
 def place(world: World, config: Config) -> Place:

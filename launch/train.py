@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -19,7 +20,7 @@ from hpc.last_words import RoleFailed, leave_last_words
 from hpc.launcher import BASELINE
 from hpc.preflight import check, check_data, check_meeting_point
 from hpc.stopping import listen
-from hpc.topology import Place, place, read_world
+from hpc.topology import Place, World, place, read_world
 
 LET_LOG_WRITE_S = 0.2
 LET_RANK_0_SPEAK_S = 5.0  # torchrun ends all ranks as soon as one has ended
@@ -27,9 +28,12 @@ LET_RANK_0_SPEAK_S = 5.0  # torchrun ends all ranks as soon as one has ended
 
 def main(argv: list[str]) -> int:
     parser = make_parser(str(__doc__))
-    world = read_world(os.environ)
+    parser.add_argument("--dry_run", action="store_true", help="Show who would run where; start and write nothing.")
+    world = at_meeting_point(read_world(os.environ))
     try:
         config, namespace = parse(parser, argv)
+        if namespace.pop("dry_run"):
+            return dry_run(config, world)
         baseline = os.environ.get(BASELINE) == "me"
         where = Place(role="baseline", index=0, world=world) if baseline else place(world, config)
     except BadInput as error:
@@ -39,6 +43,24 @@ def main(argv: list[str]) -> int:
         time.sleep(LET_RANK_0_SPEAK_S)
         return error.exit_code
     return run_rank(config, where, to_yaml(parser, namespace))
+
+
+def at_meeting_point(world: World) -> World:
+    """Under plain srun, with an address of the first host that this one can reach."""
+    if world.launcher != "slurm" or world.world_size == 1 or "MASTER_ADDR" in os.environ:
+        return world
+    from hpc.slurm_hosts import meeting_host
+
+    return replace(world, master_addr=meeting_host(world.master_addr, os.environ))
+
+
+def dry_run(config: Config, world: World) -> int:
+    """One rank speaks for all."""
+    if world.global_rank == 0:
+        from hpc.dry_run import render
+
+        print(render(config, world, os.environ))
+    return 0
 
 
 def run_rank(config: Config, where: Place, yaml: str) -> int:

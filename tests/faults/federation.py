@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc.launcher import LAST_WORDS, THREADS
+from hpc.last_words import LAST_WORDS
+from hpc.launcher import THREADS
 from hpc.nurslings import Nursery, Nursling
 from hpc.report.events import Event, read_events, role_path
 from tests.faults.role import ARGUMENTS, DIES_AT

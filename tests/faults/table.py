@@ -77,7 +77,7 @@ def page(raw: dict[str, Any]) -> str:
     about, found = raw["machine"], raw["versions"]
     footer = (
         f"Seen on {raw['date']} on {about['cpu']} ({about['cores']} cores), Python {found['python']}, torch "
-        f"{found['torch']}, at commit {raw['git_commit']}. \"Noticed after\" is the time from the fault to the trunk's "
+        f'{found["torch"]}, at commit {raw["git_commit"]}. "Noticed after" is the time from the fault to the trunk\'s '
         "event or to the end of the last role that it ends; the time of a return includes the client's own start."
     )
     return "\n".join([INTRODUCTION, table(columns, rows, words=4), "", footer, ""])
