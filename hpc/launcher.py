@@ -56,36 +56,46 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
         if compares:
             environ[TURNS] = _ring(config, "run").to_json()
         command = [sys.executable, str(script), *arguments]
-        start: Start = partial(_start_by_itself, command, environ)
-        nursery: Nursery | None = None
         processes: list[Process] = []
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _end_on_request)
-        try:
-            if config.link.transport == "mpi":
-                clients: Sequence[Process] = []  # an MPI job ends with any of its processes
-                listener.close()  # mpirun passes no open file on; rank 0 binds the port again
-                if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
-                    environ["TERM"] = "dumb"
-                processes.append(_start([*mpirun(config.world_size), *command], environ))
-            else:
-                if roles_can_be_forked(config, environ):
-                    nursery = _nursery(config, script, arguments, environ, listener)
-                    start = nursery.start
-                processes += _start_ranks(config, start, listener)
-                clients = processes[config.trunk.ranks :]
-            least = config.train.min_clients
-            if compares:
-                processes.append(start({BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}, ()))
-            _watch(processes, Path(words), clients if least else [], least)
-        except RoleFailed:
-            if nursery is not None and nursery.death is not None:
-                raise RoleFailed(nursery.death, 1) from None
-            raise
-        finally:
-            _stop(processes)
-            if nursery is not None:
-                nursery.close()
+        with _starting(config, script, arguments, environ, listener) as start:
+            try:
+                if config.link.transport == "mpi":
+                    clients: Sequence[Process] = []  # an MPI job ends with any of its processes
+                    listener.close()  # mpirun passes no open file on; rank 0 binds the port again
+                    if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
+                        environ["TERM"] = "dumb"
+                    processes.append(_start([*mpirun(config.world_size), *command], environ))
+                else:
+                    processes += _start_ranks(config, start, listener)
+                    clients = processes[config.trunk.ranks :]
+                least = config.train.min_clients
+                if compares:
+                    processes.append(start({BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}, ()))
+                _watch(processes, Path(words), clients if least else [], least)
+            finally:
+                _stop(processes)
+
+
+@contextmanager
+def _starting(
+    config: Config, script: Path, arguments: list[str], environ: dict[str, str], listener: socket.socket
+) -> Iterator[Start]:
+    """How a role is started: forked from a process that has imported what it needs, or else by itself."""
+    if config.link.transport == "mpi" or not roles_can_be_forked(config, environ):
+        yield partial(_start_by_itself, [sys.executable, str(script), *arguments], environ)
+        return
+    command, kind = [sys.executable, str(script.with_name("nursery.py"))], config.trunk.quantization
+    nursery = Nursery(command, script, arguments, environ, quantization=kind, hand_down=(listener.fileno(),))
+    try:
+        yield nursery.start
+    except RoleFailed:
+        if nursery.death is not None:
+            raise RoleFailed(nursery.death, 1) from None
+        raise
+    finally:
+        nursery.close()
 
 
 @contextmanager
@@ -174,14 +184,6 @@ def _listen(port: int) -> socket.socket:
         raise TopologyError(f"--link.port {port} is taken ({error.strerror}); choose another, or 0 for any") from None
     listener.listen(1024)
     return listener
-
-
-def _nursery(
-    config: Config, script: Path, arguments: list[str], environ: dict[str, str], listener: socket.socket
-) -> Nursery:
-    command = [sys.executable, str(script.with_name("nursery.py"))]
-    kind, open_files = config.trunk.quantization, (listener.fileno(),)
-    return Nursery(command, script, arguments, environ, quantization=kind, hand_down=open_files)
 
 
 def _start_ranks(config: Config, start: Start, listener: socket.socket) -> list[Process]:

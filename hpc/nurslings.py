@@ -107,8 +107,9 @@ class Nursery:
         """End it, and with it whatever role is left."""
         self._line.close()
         try:
-            self.process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:  # it is still importing
+            importing = all(role.pid is None for role in self._roles)  # and hears nothing meanwhile
+            self.process.wait(0 if importing else GRACE_S)
+        except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
