@@ -105,6 +105,7 @@ class Nursery:
 
     def close(self) -> None:
         """End it, and with it whatever role is left."""
+        self.listen()
         self._line.close()
         try:
             importing = all(role.pid is None for role in self._roles)  # and hears nothing meanwhile
