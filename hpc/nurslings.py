@@ -104,7 +104,9 @@ class Nursery:
                 role.hear({"code": -signal.SIGKILL})
 
     def close(self) -> None:
-        """End it, and with it whatever role is left."""
+        """End it, and with it whatever role is left. Closing it again changes nothing."""
+        if self._line.fileno() < 0:
+            return
         self.listen()
         self._line.close()
         try:
