@@ -45,37 +45,47 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
         if compares:
             environ[TURNS] = _ring(config, "run").to_json()
         command = [sys.executable, str(script), *arguments]
-        start: Start = partial(_start_by_itself, command, environ)
-        nursery: Nursery | None = None
         roles = Roles(config, Path(words))
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, roles.pause)
-        try:
-            if config.link.transport == "mpi":
-                listener.close()  # mpirun passes no open file on; rank 0 binds the port again
-                if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
-                    environ["TERM"] = "dumb"
-                roles.start("mpirun", partial(_start, [*mpirun(config.world_size), *command], environ))
-            else:
-                if roles_can_be_forked(config, environ):
-                    nursery = _nursery(config, script, arguments, environ, listener)
-                    start = nursery.start
-                for rank in range(config.world_size):
-                    roles.start(role_name(config, rank), partial(start, *_own(config, rank, listener)))
-            if compares:
-                own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
-                roles.start("baseline", partial(start, own, ()))
-            roles.watch()
-        except RoleFailed:
-            if nursery is not None and nursery.death is not None:
-                raise RoleFailed(nursery.death, 1) from None
-            raise
-        finally:
-            roles.stop()
-            if nursery is not None:
-                nursery.close()
+        with _starting(config, script, arguments, environ, listener) as start:
+            try:
+                if config.link.transport == "mpi":
+                    listener.close()  # mpirun passes no open file on; rank 0 binds the port again
+                    if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
+                        environ["TERM"] = "dumb"
+                    roles.start("mpirun", partial(_start, [*mpirun(config.world_size), *command], environ))
+                else:
+                    for rank in range(config.world_size):
+                        roles.start(role_name(config, rank), partial(start, *_own(config, rank, listener)))
+                if compares:
+                    own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
+                    roles.start("baseline", partial(start, own, ()))
+                roles.watch()
+            finally:
+                roles.stop()
         if (line := ending(Path(words))) is not None:
             print(line, flush=True)
+
+
+@contextmanager
+def _starting(
+    config: Config, script: Path, arguments: list[str], environ: dict[str, str], listener: socket.socket
+) -> Iterator[Start]:
+    """How a role is started: forked from a process that has imported what it needs, or else by itself."""
+    if config.link.transport == "mpi" or not roles_can_be_forked(config, environ):
+        yield partial(_start_by_itself, [sys.executable, str(script), *arguments], environ)
+        return
+    command, kind = [sys.executable, str(script.with_name("nursery.py"))], config.trunk.quantization
+    nursery = Nursery(command, script, arguments, environ, quantization=kind, hand_down=(listener.fileno(),))
+    try:
+        yield nursery.start
+    except RoleFailed:
+        if nursery.death is not None:
+            raise RoleFailed(nursery.death, 1) from None
+        raise
+    finally:
+        nursery.close()
 
 
 @contextmanager
@@ -164,14 +174,6 @@ def _listen(port: int) -> socket.socket:
         raise TopologyError(f"--link.port {port} is taken ({error.strerror}); choose another, or 0 for any") from None
     listener.listen(1024)
     return listener
-
-
-def _nursery(
-    config: Config, script: Path, arguments: list[str], environ: dict[str, str], listener: socket.socket
-) -> Nursery:
-    command = [sys.executable, str(script.with_name("nursery.py"))]
-    kind, open_files = config.trunk.quantization, (listener.fileno(),)
-    return Nursery(command, script, arguments, environ, quantization=kind, hand_down=open_files)
 
 
 def _own(config: Config, rank: int, listener: socket.socket) -> tuple[dict[str, str], tuple[int, ...]]:

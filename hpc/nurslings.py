@@ -104,11 +104,15 @@ class Nursery:
                 role.hear({"code": -signal.SIGKILL})
 
     def close(self) -> None:
-        """End it, and with it whatever role is left."""
+        """End it, and with it whatever role is left. Closing it again changes nothing."""
+        if self._line.fileno() < 0:
+            return
+        self.listen()
         self._line.close()
         try:
-            self.process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:  # it is still importing
+            importing = all(role.pid is None for role in self._roles)  # and hears nothing meanwhile
+            self.process.wait(0 if importing else GRACE_S)
+        except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 

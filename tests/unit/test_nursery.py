@@ -175,6 +175,17 @@ def test_closing_the_nursery_leaves_no_process(nursery_of: Callable[..., Nursery
     assert not is_alive(pid)
 
 
+def test_closing_does_not_wait_for_imports(nursery_of: Callable[..., Nursery], tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(30)\n")
+    nursery = nursery_of("0", imports=f"(sys.path.insert(0, {str(tmp_path)!r}) or 'slow',)")
+    role = nursery.start({"RANK": "0"})
+    assert role.poll() is None
+    began = time.monotonic()
+    nursery.close()
+    assert time.monotonic() - began < 2
+    assert nursery.process.returncode == -signal.SIGKILL
+
+
 def test_roles_end_with_the_launcher(tmp_path: Path) -> None:
     """The launcher is killed while a role runs."""
     (tmp_path / "role.py").write_text(ROLE)
