@@ -105,9 +105,8 @@ class Admission:
             return
         if self._is_here(client):
             why = f"client {client} takes part already, from another process; end that one first"
-            channel.send_error(why, grace_s=1)
-            channel.close(grace_s=1)
             self._refused(client, why)
+            _turn_away(channel, why, self._timeout_s)
             return
         self._offer(client, channel)
 
@@ -132,3 +131,13 @@ class Admission:
                     break
         with contextlib.suppress(LinkError):
             channel.close(grace_s=0.1)
+
+
+def _turn_away(channel: Channel, why: str, timeout_s: float) -> None:
+    """Say why, and hold the link until the other end has read it: what it sends meanwhile would break a closed one."""
+    channel.send_error(why)
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(LinkError):
+        while (left := deadline - time.monotonic()) > 0:
+            channel.recv(patience_s=left)
+    channel.close(grace_s=0.1)

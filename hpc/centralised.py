@@ -5,6 +5,7 @@ Nothing here knows of links or of DeepSpeed. Shape suffixes: B rows, T tokens, L
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from hpc.source.cut import Cut
 from hpc.stopping import paused_words
 
 ROLE = "centralised"
+
+_log = logging.getLogger("hpc")
 
 
 class Centralised:
@@ -180,6 +183,7 @@ class Centralised:
                     matched=self._matches(data) if self.config.data.decodes else None,
                 )
             )
+        _log.info("evaluation after step %d: done", step)
         self.model.train()
 
     def _matches(self, data: ClientData) -> int:

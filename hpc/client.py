@@ -44,6 +44,8 @@ from hpc.trunk_link import PauseAsked, TrunkLink
 
 _log = logging.getLogger("hpc")
 
+_log = logging.getLogger("hpc")
+
 
 class Client:
     """One client, linked to its trunk rank."""
@@ -122,7 +124,8 @@ class Client:
         self.link.send(Header(kind=Kind.READY, flags=NEEDS_STATE if asks else 0), told)
         if asks or self.train.clients_meet:
             self._send_key(step=0)
-        while (frame := self.link.recv_next(Kind.PEER_KEY, Kind.HANDOVER, Kind.READY)).header.kind is not Kind.READY:
+        due, patience_s = (Kind.PEER_KEY, Kind.HANDOVER, Kind.READY), self.config.link.start_patience_s
+        while (frame := self.link.recv_next(*due, patience_s=patience_s)).header.kind is not Kind.READY:
             if frame.header.kind is Kind.PEER_KEY:
                 self._peers().add(frame.payload.numpy().tobytes())
             else:
@@ -291,6 +294,7 @@ class Client:
             part.train()
         loss_sum = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
         self._patience.take(loss_sum / label_tokens if label_tokens else math.nan)
+        _log.info("evaluation after step %d: %d of %d right", step, correct, total)
         self.log.write(
             Evaluation(
                 step=step, correct=correct, total=total, loss_sum=loss_sum, label_tokens=label_tokens, matched=matched

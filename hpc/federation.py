@@ -18,10 +18,12 @@ from hpc.checkpoint import Attempt
 from hpc.config import Config
 from hpc.errors import DataError, HpcError, Paused, PeerLost
 from hpc.export.save import forget_adapter
+from hpc.last_words import leave_ending
 from hpc.link.broken import lost_if_broken
 from hpc.link.channel import Channel
 from hpc.link.connect import open_client_channel, open_server_channel
 from hpc.link.identity import Authorised, client_name, load_private
+from hpc.logs import begin_file, ended_well, terminal_line
 from hpc.model.build import ModelBuilder, count_parameters
 from hpc.model.pretrained import load_tokenizer
 from hpc.process import device_of, prepare_process
@@ -49,17 +51,20 @@ def run_role(config: Config, place: Place, yaml: str, *, stop: StopRequest | Non
     prepare_process(config, place)
     stop = stop or StopRequest()
     if place.role == "centralised":
-        run_centralised(config, yaml, stop)
+        why = run_centralised(config, yaml, stop)
     elif place.role == "baseline":
-        run_baseline(config, Rendezvous(place, config))
+        why = run_baseline(config, Rendezvous(place, config))
     elif place.role == "trunk":
-        run_trunk(config, place, yaml, stop)
+        why = run_trunk(config, place, yaml, stop)
     else:
-        run_client(config, place, stop)
+        why = run_client(config, place, stop)
+    ended_well(why)
+    if place.name in ("trunk-0", "centralised"):
+        leave_ending(terminal_line(f"run ended: {why}"))
 
 
-def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> None:
-    """One trunk rank: links, blocks on DeepSpeed, the rounds, and (rank 0) the report."""
+def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> str:
+    """One trunk rank: links, blocks on DeepSpeed, the rounds, and (rank 0) the report. Returns how it ended."""
     from hpc.build_trunk import build_trunk
     from hpc.report.progress import Progress
     from hpc.server import Server
@@ -102,13 +107,17 @@ def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> Non
         server.open()
         stop.begin()
         # Every role is up: only now is anything written.
+        begin_file(folder)
         if reports:
             save_config(folder, yaml)
             if config.run.baseline_steps and TURNS not in os.environ and not start:
                 log.warning("--run.baseline_steps is left out: it needs launch/local.py as a single process")
+        log_begin(config, start)
         events.write(Started(step=start))
         per_step = len(clients_of_step(config.train, 0))
-        progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=per_step)
+        progress = Progress(
+            folder, total_steps=total_steps(config.train), clients_per_step=per_step, form=terminal_line
+        )
 
         def payload() -> dict[str, float]:
             stats = server.served.stats()
@@ -116,7 +125,11 @@ def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> Non
 
         turns = step_hooks(config, place.name, store=meeting.store, log=events, meter=payload)
 
+        done = start
+
         def after_step(step: int) -> None:
+            nonlocal done
+            done = step + 1
             if reports:
                 progress.poll()
 
@@ -129,6 +142,7 @@ def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> Non
             progress.close()
             report(config, folder)
     torch.distributed.destroy_process_group()
+    return finished(config, done, folder)
 
 
 def open_links(
@@ -176,8 +190,8 @@ def open_links(
     return admission
 
 
-def run_client(config: Config, place: Place, stop: StopRequest) -> None:
-    """One client: link, its own data, head and tail, the rounds."""
+def run_client(config: Config, place: Place, stop: StopRequest) -> str:
+    """One client: link, its own data, head and tail, the rounds. Returns how it ended."""
     from hpc.client import Client
     from hpc.data.dataset import load_client_data
     from hpc.link.peers import PeerKeys
@@ -224,6 +238,8 @@ def run_client(config: Config, place: Place, stop: StopRequest) -> None:
         )
         client.open()
         stop.begin()
+        begin_file(folder)
+        log_begin(config, client.start)
         events.write(Started(step=client.start))
 
         def last_event() -> None:
@@ -232,10 +248,11 @@ def run_client(config: Config, place: Place, stop: StopRequest) -> None:
         # Before the goodbye, so that whoever reports after it finds everything.
         client.run(before_goodbye=last_event)
         turns.finish()
+    return f"finished, results in {folder}"
 
 
-def run_centralised(config: Config, yaml: str, stop: StopRequest) -> None:
-    """The uncut baseline as a run of its own."""
+def run_centralised(config: Config, yaml: str, stop: StopRequest) -> str:
+    """The uncut baseline as a run of its own. Returns how it ended."""
     from hpc.baseline import build_centralised
 
     folder = Path(config.run.folder or made_up_folder(config))
@@ -243,31 +260,52 @@ def run_centralised(config: Config, yaml: str, stop: StopRequest) -> None:
     forget_adapter(folder, "centralised")
     attempt = Attempt(name=secrets.token_hex(16), takes_up=takes_up)
     save_config(folder, yaml)
+    begin_file(folder)
+    log_begin(config, start)
+    done = start
     with EventLog(role_path(folder, "centralised")) as events:
         events.write(Started(step=start))
         from hpc.report.progress import Progress
 
-        progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=1)
+        progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=1, form=terminal_line)
         model, builder = build_centralised(config, events)
         turns = step_hooks(config, "centralised", store=None, log=events)
+
+        def after_step(step: int) -> None:
+            nonlocal done
+            done = step + 1
+            progress.poll()
+
         stop.begin()
         model.run(
             folder,
             start=start,
             attempt=attempt,
             before_step=turns.before_step,
-            after_step=lambda step: progress.poll(),
+            after_step=after_step,
             stop_asked=stop,
         )
         turns.finish()
         events.write(_ended({"model": count_parameters(model.model)}, len(builder.source.keys_read), None))
         progress.close()
     report(config, folder)
+    return finished(config, done, folder)
+
+
+def log_begin(config: Config, start: int) -> None:
+    log.info("run begins at step %d of %d", start + 1, total_steps(config.train))
+
+
+def finished(config: Config, steps: int, folder: Path) -> str:
+    """How a run ended well, in words."""
+    whole = total_steps(config.train)
+    early = f" of {whole} (stopped early)" if steps < whole else ""
+    return f"finished after {steps}{early} steps, results in {folder}"
 
 
 def save_config(folder: Path, yaml: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml)
+    (folder / "config.yaml").write_text(yaml, encoding="utf-8")
 
 
 def report(config: Config, folder: Path) -> None:

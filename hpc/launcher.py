@@ -1,7 +1,6 @@
 """One process a role on this machine: start them, watch them, end them together. Imports no torch.
 
-Used when the whole federation is started from one command. A role that fails writes its last words into a file of a
-private folder, so that the user sees one line, the cause, instead of every role's echo of it.
+Used when the whole federation is started from one command. Why roles end, they tell through `hpc.last_words`.
 """
 
 from __future__ import annotations
@@ -14,13 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from hpc import supervision
 from hpc.config import Config
-from hpc.errors import HpcError, LinkError, Paused, TopologyError
+from hpc.errors import LinkError, Paused, TopologyError
+from hpc.last_words import LAST_WORDS, RoleFailed, cause, ending, last_words
+from hpc.logs import note_killed
+from hpc.nurslings import Nursery, Process, roles_can_be_forked
 from hpc.schedule import total_steps
 from hpc.topology import World
 from hpc.turns import TURNS, Ring
@@ -29,15 +32,9 @@ GRACE_S = 15.0  # for the others to notice a dead role and end by themselves
 POLL_S = 0.05
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAST_WORDS, STORE_FD, BASELINE, THREADS = "HPC_LAST_WORDS", "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
+STORE_FD, BASELINE, THREADS = "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
 
-
-class RoleFailed(HpcError):
-    """A role ended with an error; carries its exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code
+Start = Callable[[Mapping[str, str], tuple[int, ...]], Process]  # a role's own variables, open files to hand down
 
 
 def launch(config: Config, script: Path, arguments: list[str]) -> None:
@@ -52,27 +49,43 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
         if compares:
             environ[TURNS] = _ring(config, "run").to_json()
         command = [sys.executable, str(script), *arguments]
-        if config.link.transport == "mpi":
-            clients: list[subprocess.Popen[bytes]] = []  # an MPI job ends with any of its processes
-            listener.close()  # mpirun passes no open file on; rank 0 binds the port again
-            if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
-                environ["TERM"] = "dumb"
-            processes = [_start([*mpirun(config.world_size), *command], environ)]
-        else:
-            processes = _start_ranks(config, command, environ, listener)
-            clients = processes[config.trunk.ranks :]
-        least = config.train.min_clients
-        if compares:
-            own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
-            processes.append(_start(command, {**environ, **own}))
-        mpi = config.link.transport == "mpi"  # mpirun passes the signal on
-        pausing = _Pausing(processes[:1] if mpi else processes[: config.trunk.ranks])
+        start: Start = partial(_start_by_itself, command, environ)
+        nursery: Nursery | None = None
+        processes: list[Process] = []
+        # mpirun passes the signal on to all ranks
+        pausing = _Pausing(lambda: processes[: 1 if config.link.transport == "mpi" else config.trunk.ranks])
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, pausing.ask)
         try:
-            _watch(processes, Path(words), clients if least else [], least)
+            if config.link.transport == "mpi":
+                clients: Sequence[Process] = []  # an MPI job ends with any of its processes
+                listener.close()  # mpirun passes no open file on; rank 0 binds the port again
+                if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
+                    environ["TERM"] = "dumb"
+                processes.append(_start([*mpirun(config.world_size), *command], environ))
+                names = ["mpirun"]
+            else:
+                if roles_can_be_forked(config, environ):
+                    nursery = _nursery(config, script, arguments, environ, listener)
+                    start = nursery.start
+                processes += _start_ranks(config, start, listener)
+                clients = processes[config.trunk.ranks :]
+                names = [role_name(config, rank) for rank in range(config.world_size)]
+            least = config.train.min_clients
+            if compares:
+                processes.append(start({BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}, ()))
+                names.append("baseline")
+            _watch(processes, Path(words), clients if least else [], least, names)
+        except RoleFailed:
+            if nursery is not None and nursery.death is not None:
+                raise RoleFailed(nursery.death, 1) from None
+            raise
         finally:
             _stop(processes)
+            if nursery is not None:
+                nursery.close()
+        if (line := ending(Path(words))) is not None:
+            print(line, flush=True)
 
 
 @contextmanager
@@ -95,7 +108,7 @@ def beside(config: Config, command: list[str]) -> Iterator[World]:
         except LinkError:
             _end_by_itself(process)
             if process.returncode:
-                raise _cause([process], Path(words)) from None
+                raise cause({"trunk-0": process.returncode}, Path(words)) from None
             raise
         finally:
             _stop([process])
@@ -115,6 +128,11 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")
     return kept
+
+
+def role_name(config: Config, rank: int) -> str:
+    """`trunk-0`, `client-1`: who this global rank is."""
+    return f"trunk-{rank}" if rank < config.trunk.ranks else f"client-{rank - config.trunk.ranks}"
 
 
 def cpu_share(config: Config, rank: int) -> dict[str, str]:
@@ -149,16 +167,17 @@ def mpirun(processes: int) -> list[str]:
 class _Pausing:
     """What `timeout`, torchrun or a job scheduler asks for: a checkpoint, and the end; asked again, the end at once."""
 
-    def __init__(self, trunk: list[subprocess.Popen[bytes]]) -> None:
+    def __init__(self, trunk: Callable[[], Sequence[Process]]) -> None:
         self._trunk, self._asked = trunk, False
 
     def ask(self, number: int, frame: object) -> None:
-        if self._asked:
-            raise RoleFailed(f"ended by {signal.Signals(number).name}", 128 + number)
+        running = [process.pid for process in self._trunk() if process.pid is not None and process.poll() is None]
+        if self._asked or not running:
+            raise RoleFailed(f"stopped by {signal.Signals(number).name}", 128 + number)
         self._asked = True
-        for process in self._trunk:
+        for pid in running:
             with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGUSR1)
+                os.kill(pid, signal.SIGUSR1)
 
 
 def _listen(port: int) -> socket.socket:
@@ -173,13 +192,18 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _start_ranks(
-    config: Config, command: list[str], environ: dict[str, str], listener: socket.socket
-) -> list[subprocess.Popen[bytes]]:
+def _nursery(
+    config: Config, script: Path, arguments: list[str], environ: dict[str, str], listener: socket.socket
+) -> Nursery:
+    command = [sys.executable, str(script.with_name("nursery.py"))]
+    kind, open_files = config.trunk.quantization, (listener.fileno(),)
+    return Nursery(command, script, arguments, environ, quantization=kind, hand_down=open_files)
+
+
+def _start_ranks(config: Config, start: Start, listener: socket.socket) -> list[Process]:
     processes, count = [], config.world_size
     for rank in range(count):
         own = {
-            **environ,
             **cpu_share(config, rank),
             "RANK": str(rank),
             "WORLD_SIZE": str(count),
@@ -188,8 +212,14 @@ def _start_ranks(
         hand_down = (listener.fileno(),) if rank == 0 else ()
         if rank == 0:
             own[STORE_FD] = str(listener.fileno())
-        processes.append(_start(command, own, hand_down))
+        processes.append(start(own, hand_down))
     return processes
+
+
+def _start_by_itself(
+    command: list[str], environ: Mapping[str, str], own: Mapping[str, str], hand_down: tuple[int, ...]
+) -> Process:
+    return _start(command, {**environ, **own}, hand_down)
 
 
 def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
@@ -197,11 +227,11 @@ def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ..
 
 
 def _watch(
-    processes: list[subprocess.Popen[bytes]], words: Path, spared: list[subprocess.Popen[bytes]], least: int
+    processes: Sequence[Process], words: Path, spared: Sequence[Process], least: int, names: Sequence[str]
 ) -> None:
     """Until all have ended well, or one has failed and the others have had their time to end.
 
-    Of those `spared`, some may fail as long as `least` are left.
+    Of those `spared`, some may fail as long as `least` are left. `names`: the processes' roles.
     """
     deadline = None
     while any(process.poll() is None for process in processes):
@@ -211,54 +241,29 @@ def _watch(
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
+    statuses = {names[place]: process.returncode or 0 for place, process in enumerate(processes)}
+    note_killed(statuses, words)
     failed = _fatal(processes, spared, least)
     if failed:
-        cause = _cause(failed, words)
-        raise Paused(str(cause)) if cause.exit_code == Paused.exit_code else cause
-    for path in sorted(words.glob("*.txt")):
-        print(f"without harm to the run: {path.read_text().partition(chr(10))[2]}", file=sys.stderr)
+        why = cause({(role := names[processes.index(each)]): statuses[role] for each in failed}, words)
+        raise Paused(str(why)) if why.exit_code == Paused.exit_code else why
+    for left in last_words(words):
+        print(f"without harm to the run: {left}", file=sys.stderr)
 
 
-def _fatal(
-    processes: list[subprocess.Popen[bytes]], spared: list[subprocess.Popen[bytes]], least: int
-) -> list[subprocess.Popen[bytes]]:
+def _fatal(processes: Sequence[Process], spared: Sequence[Process], least: int) -> list[Process]:
     """The processes whose failure ends the run."""
     return supervision.fatal({process: process.poll() for process in processes}, spared, least)
 
 
-def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
-    """The first role's last words, bad input before anything else, since the others only tell of its end."""
-    said = []
-    for path in sorted(words.glob("*.txt"), key=lambda p: p.stat().st_mtime_ns):
-        code, _, text = path.read_text().partition("\n")
-        said.append(RoleFailed(text, int(code)))
-    if said:
-        return RoleFailed(*supervision.cause([(str(each), each.exit_code) for each in said]))
-    status: int = failed[0].returncode
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
-    return RoleFailed(f"a process of the run {how} without a word; see above for what it printed", 1)
-
-
-def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+def _stop(processes: Sequence[Process]) -> None:
     """No role outlives the command: end, then kill, each with its whole process group. SIGTERM would only pause it."""
     for number in (signal.SIGHUP, signal.SIGKILL):
-        alive = [process for process in processes if process.poll() is None]
-        for process in alive:
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:
-                continue
+        # One that is yet to be forked ends with the nursery.
+        alive = {process.pid: process for process in processes if process.poll() is None and process.pid is not None}
+        for pid in alive:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, number)
         deadline = time.monotonic() + 3
-        while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
+        while any(process.poll() is None for process in alive.values()) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-
-
-def leave_last_words(role: str, text: str, code: int) -> bool:
-    """Tell the launcher why this role ends; False if nobody listens and the role must print it itself."""
-    folder = os.environ.get(LAST_WORDS)
-    if folder is None or not Path(folder).is_dir():
-        return False
-    draft = Path(folder) / f".{role}.draft"
-    draft.write_text(f"{code}\n{role}: {text}")
-    draft.rename(Path(folder) / f"{role}.txt")
-    return True

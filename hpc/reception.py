@@ -105,7 +105,7 @@ class Reception:
         None if it was lost.
         """
         try:
-            ready = self._served.inbox.recv(client, Kind.READY)
+            ready = self._served.inbox.recv(client, Kind.READY, patience_s=self._served.start_patience_s)
             told, needs = ready.payload, bool(ready.header.flags & NEEDS_STATE)
             if told.shape != (3,) or told.dtype != torch.int64 or bool((told < 0).any()):
                 raise ProtocolError(

@@ -86,6 +86,12 @@ def committed_steps(run_folder: str | Path) -> list[int]:
     return sorted((step for step in steps if step >= 0), key=lambda step: (_committed_at(run_folder, step), step))
 
 
+def last_commit(run_folder: str | Path) -> float:
+    """Unix time of the newest commit, by the clock of whoever made it; 0 if there is none."""
+    told = (_committed_at(run_folder, step) for step in committed_steps(run_folder))
+    return max((at for at in told if math.isfinite(at)), default=0.0)
+
+
 def fault(run_folder: str | Path, step: int) -> str | None:
     """Why this committed checkpoint cannot be used, as far as this folder shows; None if it is whole.
 

@@ -21,7 +21,7 @@ from hpc.checkpoint import MANIFEST, Attempt, checkpoint_folder, commit, step_of
 from hpc.config import Config
 from hpc.errors import ProtocolError
 from hpc.report.events import EventLog
-from hpc.resume import committed_steps
+from hpc.resume import committed_steps, last_commit
 
 COORDINATORS = ("trunk-0", "centralised")
 
@@ -63,8 +63,8 @@ class Saver:
         Empty, after a warning, if that failed. The manifests of those that are not kept are gone on return.
         """
         try:
-            agreed = lasting_agreement(self._config)
-            commit(self._folder, step, agreed, attempt=self._attempt.name, clients=clients)
+            agreed, after = lasting_agreement(self._config), last_commit(self._folder)
+            commit(self._folder, step, agreed, attempt=self._attempt.name, clients=clients, after=after)
         except OSError as error:
             self.fail(step, str(error))
             return []
@@ -83,6 +83,8 @@ class Saver:
         That includes the ones that an earlier attempt left half-written before this step. With an empty `kept` the
         checkpoint was not committed: only this role's file of it goes.
         """
+        if step in kept:
+            _log.info("checkpoint written after step %d", step)
         for folder in self._folder.glob("checkpoint-*"):
             unwanted = folder.name not in {f"checkpoint-{each}" for each in kept}
             if (step_of(folder) == step and not kept) or (0 <= step_of(folder) < step and kept and unwanted):

@@ -54,7 +54,7 @@ class Served:
         self._former = LinkStats()  # of links that a client had before it came back
         self.hidden_size, self.dtype, self._described = hidden_size, dtype, described
         self.lost: set[int] = set()
-        self.timeout_s = config.link.timeout_s
+        self.timeout_s, self.start_patience_s = config.link.timeout_s, config.link.start_patience_s
         self._spares_clients = config.train.min_clients > 0 or asked
         self._pieces = split_rows(config.train.per_client_batch_size, config.train.resolved_micro_batches)
         self._longest = config.data.longest_row

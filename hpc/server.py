@@ -194,6 +194,7 @@ class Server:
             )
             decoding.serve(self.served.present(self.channels))
         self.side.trunk.part.train()
+        log.info("evaluation after step %d: served %d clients", order.step, len(self.served.present(self.channels)))
 
     def _infer(
         self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]], layout_B2: torch.Tensor | None

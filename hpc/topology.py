@@ -5,6 +5,7 @@ Global ranks 0 … trunk.ranks-1 are the trunk; the others are clients 0, 1, …
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -46,16 +47,18 @@ class Place:
 def read_world(environ: Mapping[str, str]) -> World:
     """The launcher's variables: torchrun's (or our own), then MPI's, then Slurm's; none means one process.
 
-    Raises `TopologyError` for a variable that is not a number.
+    Raises `TopologyError` for a variable that is missing beside others, or that is no number, port or host name.
     """
+    if "RANK" in environ and "WORLD_SIZE" not in environ:
+        raise TopologyError("RANK is set and WORLD_SIZE is not; set both (torchrun does), or neither")
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return World(
             launcher="env",
             global_rank=_number(environ, "RANK"),
             world_size=_number(environ, "WORLD_SIZE"),
             local_rank=_number(environ, "LOCAL_RANK", 0),
-            master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=_number(environ, "MASTER_PORT", DEFAULT_PORT),
+            master_addr=_address(environ, "127.0.0.1"),
+            master_port=_port(environ, DEFAULT_PORT),
             agent_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
     mpi = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")]
@@ -74,8 +77,8 @@ def read_world(environ: Mapping[str, str]) -> World:
         global_rank=0,
         world_size=1,
         local_rank=0,
-        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_number(environ, "MASTER_PORT", DEFAULT_PORT),
+        master_addr=_address(environ, "127.0.0.1"),
+        master_port=_port(environ, DEFAULT_PORT),
     )
 
 
@@ -97,14 +100,32 @@ def _meeting_later(environ: Mapping[str, str], launcher: Launcher, rank: int, si
         global_rank=rank,
         world_size=size,
         local_rank=_number(environ, local, 0),
-        master_addr=environ.get("MASTER_ADDR", first_host(nodes)),
-        master_port=_number(environ, "MASTER_PORT", port),
+        master_addr=_address(environ, first_host(nodes)),
+        master_port=_port(environ, port),
     )
 
 
 def port_of_job(job_id: int) -> int:
     """Where the roles of a Slurm job meet: jobs that share a host get ports of their own."""
     return DEFAULT_PORT + job_id % 10_000
+
+
+def _address(environ: Mapping[str, str], default: str) -> str:
+    """`MASTER_ADDR`. Nobody's resolver finds what is no host name, however long one waits."""
+    address = environ.get("MASTER_ADDR") or default
+    if re.fullmatch(r"[\w.-]+|[0-9A-Fa-f:.]*::?[0-9A-Fa-f:.%\w]+", address, re.ASCII) is None:
+        raise TopologyError(
+            f"MASTER_ADDR is {address!r}; it must be one host's name or address, in ASCII letters, and its port goes "
+            "into MASTER_PORT"
+        )
+    return address
+
+
+def _port(environ: Mapping[str, str], default: int) -> int:
+    port = _number(environ, "MASTER_PORT", default)
+    if not 0 < port < 65536:
+        raise TopologyError(f"MASTER_PORT is {port}; it must be 1 to 65535")
+    return port
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -120,6 +141,8 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 def place(world: World, config: Config) -> Place:
     """The role of this process. Raises `TopologyError` if the world does not fit the configuration."""
     check_world(world.world_size, config)
+    if not 0 <= world.global_rank < world.world_size:
+        raise TopologyError(f"rank {world.global_rank} of {world.world_size} processes; ranks count from 0")
     if config.train.schedule == "centralised":
         return Place(role="centralised", index=0, world=world)
     if world.global_rank < config.trunk.ranks:

@@ -60,14 +60,15 @@ class TrunkLink:
             self._aside[header.kind, header.micro] = frame
         return self._aside.pop((kind, micro))
 
-    def recv_next(self, *kinds: Kind) -> Frame:
-        """The next frame, between steps. Raises PauseAsked."""
-        return self._listen(*kinds)
+    def recv_next(self, *kinds: Kind, patience_s: float | None = None) -> Frame:
+        """The next frame, between steps, which may take `patience_s` instead of the usual. Raises PauseAsked."""
+        return self._listen(*kinds, patience_s=patience_s)
 
-    def _listen(self, *kinds: Kind, device: torch.device | None = None) -> Frame:
+    def _listen(self, *kinds: Kind, device: torch.device | None = None, patience_s: float | None = None) -> Frame:
         """The next frame that belongs to the work; what the trunk says in between is dealt with."""
         while True:
-            frame = self._inbox.recv(_TRUNK, *(kinds + _BETWEEN if kinds else ()), device=device)
+            due = kinds + _BETWEEN if kinds else ()
+            frame = self._inbox.recv(_TRUNK, *due, device=device, patience_s=patience_s)
             if frame.header.kind is Kind.PAUSE:
                 raise PauseAsked(frame.header.step)
             if frame.header.kind is not Kind.WELCOME:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
+import traceback
 from dataclasses import replace
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from hpc import logs
 from hpc.cli import make_parser, parse, run_main, to_yaml
 from hpc.config import Config
 from hpc.errors import BadInput, HpcError, Paused
-from hpc.launcher import BASELINE, leave_last_words
-from hpc.preflight import check, check_data
+from hpc.imports import importing
+from hpc.last_words import RoleFailed, leave_last_words
+from hpc.launcher import BASELINE
+from hpc.preflight import check, check_data, check_meeting_point
 from hpc.stopping import listen
 from hpc.topology import Place, World, place, read_world
 
+LET_LOG_WRITE_S = 0.2
 LET_RANK_0_SPEAK_S = 5.0  # torchrun ends all ranks as soon as one has ended
 
 
@@ -62,30 +68,40 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
     # Before torch is loaded: OpenMP reads it once. Idle ranks sleep instead of burning a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what goes wrong is said once, and not in stack frames
     try:
+        check_meeting_point(where.world, config)
         check(config, coordinates=where.name in ("trunk-0", "centralised"))
         if where.role == "client":
             check_data(config, [where.index])
-        from hpc.federation import run_role
+        with importing():
+            from hpc.federation import run_role
 
         def end(why: str, code: int) -> None:
-            report(where, why, code)
+            error = Paused(why) if code == Paused.exit_code else RoleFailed(why, code)
+            # In a thread: where a disc is stalled, the log may never take another line.
+            threading.Thread(target=logs.ended_badly, args=(error,), daemon=True).start()
+            tell(where.name, error)
+            time.sleep(LET_LOG_WRITE_S)
             os._exit(code)
 
         stop = None if where.role == "baseline" else listen(grace_s=config.run.grace_s, end=end)
         run_role(config, where, yaml, stop=stop)
-    except HpcError as error:
-        report(where, str(error), error.exit_code)
-        return error.exit_code
+    except Exception as error:
+        logs.ended_badly(error)
+        if not isinstance(error, HpcError):
+            traceback.print_exc()
+        return tell(where.name, error)
     return 0
 
 
-def report(where: Place, why: str, code: int) -> None:
-    """Why this role ends: to the launcher, or to the terminal."""
-    if not leave_last_words(where.name, why, code):
-        kind = "" if code == Paused.exit_code else "error: "
-        sys.stderr.write(f"{where.name}: {kind}{why}\n")
+def tell(role: str, error: Exception) -> int:
+    """Say why this role ends, to the launcher or on the terminal; returns its exit code."""
+    code = error.exit_code if isinstance(error, HpcError) else 1
+    if not leave_last_words(role, logs.reason(error), code):
+        logs.print_ending(role, error)
+    return code
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, ending="run ended")

@@ -31,9 +31,11 @@ class Inbox:
     def __init__(self, channels: Mapping[int, Channel]) -> None:
         self.channels = channels
 
-    def recv(self, peer: int, *kinds: Kind, device: torch.device | None = None) -> Frame:
-        """The peer's next frame. Raises as `Channel.recv` does."""
-        return self.channels[peer].recv(*kinds, device=device)
+    def recv(
+        self, peer: int, *kinds: Kind, device: torch.device | None = None, patience_s: float | None = None
+    ) -> Frame:
+        """The peer's next frame, which may take `patience_s` instead of the usual. Raises as `Channel.recv` does."""
+        return self.channels[peer].recv(*kinds, device=device, patience_s=patience_s)
 
     def recv_out_of_turn(self, peer: int, kind: Kind) -> Frame:
         """The peer's first frame of this kind; frames that came before it keep their place. Here: none may have."""
@@ -98,8 +100,11 @@ class ReadingInbox(Inbox):
             self._changed.notify_all()
         self._start_reading(peer, channel)
 
-    def recv(self, peer: int, *kinds: Kind, device: torch.device | None = None) -> Frame:
-        return _checked(self._take((peer,), wait=True), peer, kinds, self.channels[peer], device)
+    def recv(
+        self, peer: int, *kinds: Kind, device: torch.device | None = None, patience_s: float | None = None
+    ) -> Frame:
+        frame = self._take((peer,), wait=True, patience_s=patience_s)
+        return _checked(frame, peer, kinds, self.channels[peer], device)
 
     def recv_out_of_turn(self, peer: int, kind: Kind) -> Frame:
         return _checked(self._take((peer,), wait=True, kind=kind), peer, (kind,), self.channels[peer], None)
@@ -126,12 +131,14 @@ class ReadingInbox(Inbox):
     def expect_anew(self, peer: int) -> None:
         self._asked.pop(peer, None)
 
-    def _take(self, peers: Sequence[int], *, wait: bool, kind: Kind | None = None) -> Frame | None:
+    def _take(
+        self, peers: Sequence[int], *, wait: bool, kind: Kind | None = None, patience_s: float | None = None
+    ) -> Frame | None:
         start = told = time.perf_counter()
         try:
             while True:
                 with self._changed:
-                    frame = self._next_of(peers, wait=wait, kind=kind)
+                    frame = self._next_of(peers, wait=wait, kind=kind, patience_s=patience_s or self._timeout_s)
                     if frame is not None or not wait:
                         return frame
                     self._changed.wait(min(_LOOK_S, self._timeout_s / 10))
@@ -141,7 +148,7 @@ class ReadingInbox(Inbox):
         finally:
             self._waited_s += time.perf_counter() - start
 
-    def _next_of(self, peers: Sequence[int], *, wait: bool, kind: Kind | None) -> Frame | None:
+    def _next_of(self, peers: Sequence[int], *, wait: bool, kind: Kind | None, patience_s: float) -> Frame | None:
         """Raises what broke a peer's link once its frames are used up, or PeerLost at its deadline."""
         for arrival, peer in enumerate(self._arrivals):
             if peer in peers:
@@ -149,7 +156,7 @@ class ReadingInbox(Inbox):
                 if kind is None or self._frames[peer][place].header.kind is kind:
                     return self._hand_out(peer, arrival, place)
         if wait:
-            self._check_deadlines(peers)
+            self._check_deadlines(peers, patience_s)
         for peer in peers:
             if peer in self._broken:
                 self.taken_from = peer
@@ -166,12 +173,12 @@ class ReadingInbox(Inbox):
         self._changed.notify_all()
         return frame
 
-    def _check_deadlines(self, peers: Sequence[int]) -> None:
+    def _check_deadlines(self, peers: Sequence[int], patience_s: float) -> None:
         now = time.monotonic()
         for peer in peers:
             channel = self.channels[peer]
             silent = now - max(self._asked.setdefault(peer, now), channel.heard)
-            if silent > self._timeout_s:
+            if silent > patience_s:
                 self._broken.setdefault(peer, lost(channel.peer, "its next frame", silent, "silent"))
 
     def _read(self, peer: int, channel: Channel) -> None:

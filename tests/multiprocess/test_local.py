@@ -70,6 +70,30 @@ def test_a_run_leaves_its_files(reference: Finished) -> None:
         assert (reference.folder / name).exists(), name
 
 
+def test_every_role_keeps_a_log_and_the_last_lines_say_why(reference: Finished) -> None:
+    how = f"run ended: finished after 4 steps, results in {reference.folder}"
+    assert reference.out.splitlines()[-1] == how
+    assert sorted(path.name for path in (reference.folder / "logs").iterdir()) == [
+        f"{role}.log" for role in ("baseline", "client-0", "client-1", "trunk-0")
+    ]
+    losses = [repr(loss)[:8] for loss in reference.summary["losses"]]
+    for role in ("client-0", "client-1", "trunk-0"):
+        said = (reference.folder / "logs" / f"{role}.log").read_text()
+        assert all(f" INFO {role} " in line for line in said.splitlines())
+        for words in (
+            "started: pid ",
+            "linked to ",
+            "aes-256-gcm",
+            "run begins at step 1 of 4",
+            "evaluation after step 4",
+        ):
+            assert words in said, (role, words)
+        assert " run ended: finished" in said.splitlines()[-1]
+        assert not any(loss in said for loss in losses)
+    # The terminal shows none of that: what the user sees are progress and results.
+    assert " INFO " not in reference.out + reference.err
+
+
 def adapter_of(folder: Path, client: int = 0) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / f"client-{client}" / "adapter_model.safetensors")
 
@@ -303,7 +327,9 @@ def test_sigterm_to_the_launcher_leaves_no_process(keys: Path, tmp_path: Path) -
         time.sleep(0.2)
     run.terminate()
     err = run.communicate(timeout=30)[1]
-    assert run.returncode == 143
+    assert run.returncode == 75, err
+    assert "go on with --run.resume_from_checkpoint latest" in err.splitlines()[-1]
+    assert list((tmp_path / "o").glob("checkpoint-*/manifest.json"))
     assert "Traceback" not in err
     assert not subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True, check=False).stdout.split()
 
@@ -336,8 +362,10 @@ def test_a_killed_client_ends_the_run_and_leaves_no_process(keys: Path, tmp_path
     ours = subprocess.run(
         ["pgrep", "-f", f"train.py.*{mark}"], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert len(ours) == 3
-    victim = next(pid for pid in ours if b"RANK=2\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in ours}
+    roles = [pid for pid, variables in environments.items() if b"\0RANK=" in variables]
+    assert len(roles) == 3  # and the process that they are forked from
+    victim = next(pid for pid in roles if b"\0RANK=2\0" in environments[pid])
     subprocess.run(["kill", "-9", victim], check=True)
     started = time.monotonic()
     err = run.communicate(timeout=60)[1]
@@ -345,6 +373,11 @@ def test_a_killed_client_ends_the_run_and_leaves_no_process(keys: Path, tmp_path
     assert time.monotonic() - started < 30
     assert "client 1" in err
     assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("run ended: killed by SIGKILL (client-1); trunk-0: PeerLost: ")
+    log = (tmp_path / "o" / "logs" / "trunk-0.log").read_text().splitlines()
+    assert "ERROR trunk-0 run ended: PeerLost: " in log[-1]
+    log = (tmp_path / "o" / "logs" / "client-1.log").read_text().splitlines()
+    assert log[-1].endswith("ERROR client-1 run ended: killed by SIGKILL")
     left = subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True, check=False).stdout.split()
     assert not left
 

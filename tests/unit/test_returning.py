@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from hpc.agreement import lasting_agreement
 from hpc.client import Client
-from hpc.config import AdapterConfig, Config, TrunkConfig
+from hpc.config import AdapterConfig, Config, DataConfig, TrunkConfig
 from hpc.link.identity import Authorised, client_name, load_private
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
@@ -221,3 +222,34 @@ def test_a_checkpoint_without_a_client_is_taken_up_by_all(tmp_path: Path, pristi
     losses, _ = plain_run(away, [(0, 1, 2)] * STEPS, absent)
     assert outcome.losses == pytest.approx(losses[3:], rel=1e-4)
     all_alike(outcome)
+
+
+def test_a_resumed_run_may_have_more_clients_or_fewer(tmp_path: Path, pristine_keys: Path) -> None:
+    """Two for three steps, then three, then one: a plain loop over whoever was there."""
+    make_peers = keys_of(pristine_keys)
+    data = {"data": DataConfig(train_examples=8, val_examples=0)}
+    stages = [(2, 3), (3, 5), (1, 6)]
+    configs = [
+        Config(**{**vars(config(clients=clients, min_clients=0, save_every=1, max_steps=steps)), **data})
+        for clients, steps in stages
+    ]
+    outcomes = [run_split(configs[0], tmp_path)]
+    for before, settings in itertools.pairwise(configs):
+        start = before.train.max_steps
+        found = find(tmp_path, "latest", lasting_agreement(settings), steps=settings.train.max_steps)
+        assert found.step == start
+        newcomers = frozenset(range(settings.train.clients)) - set(found.clients or ())
+        for path in tmp_path.glob("roles/*/metrics.jsonl"):
+            path.unlink()
+        outcomes.append(run_split(settings, tmp_path, start=start, newcomers=newcomers, make_peers=make_peers))
+    absent = {step: {2} for step in range(3)} | {5: {1, 2}}
+    losses, trained = plain_run(config(), [(0, 1, 2)] * 6, absent)
+    assert [loss for outcome in outcomes for loss in outcome.losses] == pytest.approx(losses, rel=1e-4)
+    for name, value in trained.items():
+        torch.testing.assert_close(outcomes[-1].trained[name], value, rtol=0, atol=5e-5)
+
+
+def test_where_the_trunk_has_something_of_each_client_their_number_stays() -> None:
+    for train in ({"schedule": "replica"}, {"aggregation": "none"}):
+        one, two = (lasting_agreement(config(clients=clients, **train)) for clients in (2, 3))
+        assert one["train.clients"] != two["train.clients"]
