@@ -26,11 +26,10 @@ from hpc.placement import Seat
 from hpc.roles import GRACE_S
 from hpc.slurm_hosts import Ask, scontrol
 from hpc.slurm_steps import step_command, step_environment
-from hpc.supervision import PAUSED, worth_requeueing
+from hpc.supervision import PAUSED, SIGNALLED, worth_requeueing
 from hpc.topology import port_of_job
 
 POLL_S = 0.1
-SIGNALLED = 128  # srun's exit code for a task that a signal killed is this and the signal's number
 MANIFEST = "manifest.json"  # as hpc.checkpoint has it, which brings torch
 WARNINGS = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -146,8 +145,7 @@ class SlurmJob:
     def _conclude(self, codes: dict[str, int | None]) -> int:
         """The exit code of the job, which is requeued first if the run was interrupted."""
         trunk = codes[self.seats[0].role]
-        killed = trunk is None or trunk < 0 or trunk > SIGNALLED
-        if trunk == PAUSED or (self._asked and killed):
+        if trunk == PAUSED or (self._asked and (trunk is None or supervision.killed(trunk))):
             if trunk != PAUSED:
                 say("the trunk wrote no checkpoint in time; the run goes on from the one before, if there is one")
             self._requeue()

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 Member = TypeVar("Member")
 BAD_INPUT, PAUSED = 2, 75
+SIGNALLED = 128  # a shell's, and srun's, exit code for who was killed is this and the signal's number
 NEAR_THE_LIMIT_S = 300.0
 
 
@@ -31,9 +32,15 @@ def served(codes: Mapping[Member, int | None], spared: Collection[Member]) -> bo
 def cause(ended: Sequence[tuple[str, int]]) -> tuple[str, int]:
     """The one of the failed roles (in the order in which they ended, with their exit codes) that is to blame.
 
-    Bad input is the cause of anything else, and the trunk knows more than a client that only lost it.
+    Bad input is the cause of anything else. Whom a signal killed, the others only miss. Then the trunk, which knows
+    more than a client that only lost it (the rule of `hpc.last_words`).
     """
-    return min(ended, key=lambda each: (each[1] != BAD_INPUT, not each[0].startswith("trunk")))
+    return min(ended, key=lambda each: (each[1] != BAD_INPUT, not killed(each[1]), not each[0].startswith("trunk")))
+
+
+def killed(code: int) -> bool:
+    """Whether an exit code, of a process or of srun, says that a signal ended it."""
+    return code < 0 or code > SIGNALLED
 
 
 def may_return(code: int | None, restarts: int, allowed: int) -> bool:

@@ -173,6 +173,14 @@ def test_two_trunk_ranks_and_every_zero_stage(
         torch.testing.assert_close(adapter_of(tmp_path, client), adapter_of(reference.folder), rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["zero3", "offload"])
+def test_one_trunk_rank_with_zero_3(name: str, losses: list[float], keys: Path, tmp_path: Path) -> None:
+    """DeepSpeed refuses a group of one where it believes in a world of three: it must take the trunk for the world."""
+    json_file = str(ROOT / "slurm" / "deepspeed" / f"{name}.json")
+    assert_bounds(local(tmp_path, keys, *STEPS, "--trunk.deepspeed", json_file).summary["losses"], losses)
+
+
 @pytest.mark.parametrize("ranks", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_serial_hands_the_parts_on(ranks: str, keys: Path, tmp_path: Path) -> None:
     serial = local(tmp_path / "s", keys, *STEPS, "--train.schedule", "serial", "--trunk.ranks", ranks).summary

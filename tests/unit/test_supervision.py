@@ -35,9 +35,10 @@ def test_served_means_that_only_spared_ones_are_left() -> None:
     [
         ([("client-0", 1), ("trunk-0", 1)], "trunk-0"),
         ([("trunk-0", 1), ("client-0", 2)], "client-0"),
-        ([("client-1", 137), ("client-0", 1)], "client-1"),
+        ([("trunk-0", 1), ("client-1", 137)], "client-1"),
+        ([("client-1", 1), ("client-0", 1)], "client-1"),
     ],
-    ids=["the trunk knows more", "bad input comes first", "else the first to end"],
+    ids=["the trunk knows more", "bad input comes first", "others miss who was killed", "else the first to end"],
 )
 def test_the_cause(ended: list[tuple[str, int]], blamed: str) -> None:
     assert cause(ended)[0] == blamed
