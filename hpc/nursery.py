@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,19 +69,24 @@ def main(argv: list[str], imports: Sequence[str] = IMPORTS) -> int:
 
 def _import(names: Sequence[str], quantization: str) -> None:
     leave_out_unless(quantization)
-    with importing():
-        _import_numpy_alone()
+    with importing(), _one_thread_of_openblas():
         for name in names:
             importlib.import_module(name)
     gc.freeze()  # else the first collection in each role would write to, and so copy, every object's header
 
 
-def _import_numpy_alone() -> None:
-    """Its OpenBLAS starts a thread for each core on import, and a process with threads must not be forked."""
+@contextmanager
+def _one_thread_of_openblas() -> Iterator[None]:
+    """It would start one for each core on import, and a process with threads must not be forked.
+
+    numpy brings one, and so does SciPy, which transformers imports where scikit-learn is installed.
+    """
     given = os.environ.get("OPENBLAS_NUM_THREADS")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    importlib.import_module("numpy")
-    del os.environ["OPENBLAS_NUM_THREADS"]
+    try:
+        yield
+    finally:
+        del os.environ["OPENBLAS_NUM_THREADS"]
     if given is not None:
         os.environ["OPENBLAS_NUM_THREADS"] = given
 
