@@ -21,6 +21,7 @@ from hpc.errors import CheckpointError, PeerLost, TopologyError
 from hpc.launcher import STORE_FD
 from hpc.link.broken import lost_if_broken
 from hpc.link.gloo import CLIENT, SERVER, connect_gloo
+from hpc.link.interface import agree_on_address
 from hpc.link.transport import Transport, choose_transport
 from hpc.process import device_of
 from hpc.resume import find
@@ -41,6 +42,9 @@ class Rendezvous:
         if place.role == "baseline":  # it has no link
             return
         self.transport_name = self._agree_on_transport()
+        self.address = agree_on_address(
+            self.store, config.link.interface, self._meeting_host, first=place.name == "trunk-0"
+        )
         if self.transport_name == "mpi":
             from hpc.link.mpi import link_communicator
 
@@ -66,6 +70,7 @@ class Rendezvous:
         address = world.master_addr
         if world.launcher == "mpi" and "MASTER_PORT" not in os.environ:
             address, port = _agree_over_mpi(port if self.config.link.port else 0)
+        self._meeting_host = address
         listener = int(os.environ[STORE_FD]) if hosts and STORE_FD in os.environ else None
         try:
             return dist.TCPStore(
@@ -100,7 +105,9 @@ class Rendezvous:
                 timeout_s=timeout_s,
                 peer=peer,
             )
-        return connect_gloo(self.store, client_id=client_id, rank=rank, timeout_s=timeout_s, peer=peer)
+        return connect_gloo(
+            self.store, client_id=client_id, rank=rank, timeout_s=timeout_s, peer=peer, address=self.address
+        )
 
     def open_trunk_group(self, device: torch.device) -> None:
         """The default process group: trunk ranks only, since DeepSpeed takes it for its whole world."""
