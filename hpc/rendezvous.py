@@ -22,6 +22,7 @@ from hpc.launcher import STORE_FD
 from hpc.link.broken import lost_if_broken
 from hpc.link.gloo import CLIENT, SERVER, connect_gloo
 from hpc.link.interface import agree_on_address
+from hpc.link.meeting_file import meeting_name, open_store
 from hpc.link.transport import Transport, choose_transport
 from hpc.process import device_of
 from hpc.resume import find
@@ -64,6 +65,12 @@ class Rendezvous:
             return str(self.store.get(TRANSPORT_KEY).decode())
 
     def _open_store(self) -> dist.Store:
+        if folder := self.config.link.rendezvous:
+            self._meeting_host = ""
+            name = meeting_name(self.config.link.port, self.config.run.name, os.environ)
+            return open_store(
+                folder, name, hosts=self.place.name == "trunk-0", timeout_s=self.config.link.timeout_s
+            )
         world, timeout = self.place.world, timedelta(seconds=self.config.link.timeout_s)
         port = self.config.link.port if self.config.link.port and world.launcher != "env" else world.master_port
         hosts = self.place.name == "trunk-0" and not world.agent_hosts_store

@@ -12,6 +12,7 @@ from hpc.cli import make_parser, parse, run_main, to_yaml
 from hpc.config import Config
 from hpc.errors import BadInput, HpcError
 from hpc.launcher import BASELINE, leave_last_words
+from hpc.link.meeting_file import leave_meetings
 from hpc.preflight import check, check_data
 from hpc.topology import Place, place, read_world
 
@@ -50,6 +51,8 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
         if not leave_last_words(where.name, str(error), error.exit_code):
             sys.stderr.write(f"{where.name}: error: {error}\n")
         return error.exit_code
+    finally:
+        leave_meetings()
     return 0
 
 

@@ -21,7 +21,7 @@ from hpc.errors import ConfigError
 LOOPBACK = "127.0.0.1"
 ADDRESS_KEY = "run/address"
 _GIVE_ADDRESS = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
-_ANYWHERE = "192.0.2.1"  # RFC 5737's example network: reached, if at all, by the default route
+_ANYWHERE = "198.51.100.1"  # one of RFC 5737's example networks: reached, if at all, by the default route
 _PORT = 9  # discard; nothing is sent, since connecting a UDP socket only looks the route up
 
 
