@@ -23,6 +23,7 @@ from hpc.link.broken import lost_if_broken
 from hpc.link.gloo import CLIENT, SERVER, connect_gloo
 from hpc.link.interface import agree_on_address
 from hpc.link.meeting_file import meeting_name, open_store
+from hpc.link.mpi_library import use_launchers_library
 from hpc.link.transport import Transport, choose_transport
 from hpc.process import device_of
 from hpc.resume import find
@@ -182,6 +183,7 @@ def made_up_folder(config: Config) -> str:
 
 
 def _agree_over_mpi(port: int) -> tuple[str, int]:
+    use_launchers_library()
     from mpi4py import MPI
 
     def free() -> int:
