@@ -55,10 +55,11 @@ class Rendezvous:
     def _agree_on_transport(self) -> str:
         """Trunk rank 0 chooses for all: two ends that choose by what they see might choose differently."""
         if self.place.name == "trunk-0":
-            gpus = 0 if self.config.run.device == "cpu" else torch.cuda.device_count()
+            outside = self.config.run.outside_clients > 0  # neither in MPI's world nor beside these GPUs
+            gpus = 0 if self.config.run.device == "cpu" or outside else torch.cuda.device_count()
             chosen = choose_transport(
                 self.config.link.transport,
-                under_mpi=self.place.world.launcher == "mpi",
+                under_mpi=self.place.world.launcher == "mpi" and not outside,
                 distinct_gpus=gpus >= self.place.world.world_size,
             )
             self.store.set(TRANSPORT_KEY, chosen)

@@ -81,6 +81,7 @@ FLOORS = {
     "hpc.cli": 5,
     "hpc.federation": 5,
     "hpc.generate": 5,
+    "hpc.joining": 5,
     "hpc.ask": 5,
     "hpc.wishes": 1,
     "hpc.rendezvous": 5,
