@@ -17,13 +17,14 @@ import torch.distributed as dist
 from hpc.agreement import lasting_agreement
 from hpc.checkpoint import Attempt
 from hpc.config import Config
-from hpc.errors import CheckpointError, PeerLost, TopologyError
+from hpc.errors import CheckpointError, TopologyError
 from hpc.launcher import STORE_FD
 from hpc.link.broken import lost_if_broken
 from hpc.link.gloo import CLIENT, SERVER, connect_gloo
 from hpc.link.interface import agree_on_address
 from hpc.link.meeting_file import meeting_name, open_store
 from hpc.link.mpi_library import use_launchers_library
+from hpc.link.stores import join_tcp_store
 from hpc.link.transport import Transport, choose_transport
 from hpc.process import device_of
 from hpc.resume import find
@@ -70,9 +71,7 @@ class Rendezvous:
         if folder := self.config.link.rendezvous:
             self._meeting_host = ""
             name = meeting_name(self.config.link.port, self.config.run.name, os.environ)
-            return open_store(
-                folder, name, hosts=self.place.name == "trunk-0", timeout_s=self.config.link.timeout_s
-            )
+            return open_store(folder, name, hosts=self.place.name == "trunk-0", timeout_s=self.config.link.timeout_s)
         world, timeout = self.place.world, timedelta(seconds=self.config.link.timeout_s)
         port = self.config.link.port if self.config.link.port and world.launcher != "env" else world.master_port
         hosts = self.place.name == "trunk-0" and not world.agent_hosts_store
@@ -80,17 +79,15 @@ class Rendezvous:
         if world.launcher == "mpi" and "MASTER_PORT" not in os.environ:
             address, port = _agree_over_mpi(port if self.config.link.port else 0)
         self._meeting_host = address
-        listener = int(os.environ[STORE_FD]) if hosts and STORE_FD in os.environ else None
+        if not hosts:
+            return join_tcp_store(address, port, timeout_s=self.config.link.timeout_s)
+        listener = int(os.environ[STORE_FD]) if STORE_FD in os.environ else None
         try:
             return dist.TCPStore(
-                address, port, is_master=hosts, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
+                address, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
-            if hosts:
-                raise TopologyError(f"port {port} is taken; give another --link.port ({_first(error)})") from None
-            raise PeerLost(
-                f"nobody answers at {address}:{port} after {self.config.link.timeout_s:g} s: is trunk rank 0 running?"
-            ) from None
+            raise TopologyError(f"port {port} is taken; give another --link.port ({_first(error)})") from None
 
     def link(self, client_id: int) -> Transport:
         """The two-ended transport between a client and its trunk rank."""

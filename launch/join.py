@@ -29,6 +29,7 @@ import train
 
 from hpc.cli import make_parser, parse, run_main, to_yaml
 from hpc.joining import place_from_outside, wait_for_store
+from hpc.link.identity import client_name, load_private, load_server_public
 
 
 def main(argv: list[str]) -> int:
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> int:
     if config.link.port or namespace.port:
         # The port names the run in a shared folder, and is where its store is otherwise.
         config = replace(config, link=replace(config.link, port=namespace.port or config.link.port))
+    load_private(config.link.keys_dir, client_name(where.index))  # what is missing here need not wait for the others
+    load_server_public(config.link.keys_dir)
     if not config.link.rendezvous:
         wait_for_store(where.world.master_addr, where.world.master_port, config.link.timeout_s)
     return train.run_rank(config, where, to_yaml(parser, namespace))

@@ -51,8 +51,10 @@ class Hosts:
     def namespace(self, host: str) -> str:
         return f"hpc-{self.tag}-{host}"
 
-    def device(self, host: str, cable: int = 0) -> str:
-        return f"h{self.tag}{host}{cable}"
+    @staticmethod
+    def device(cable: int = 0) -> str:
+        """The cable's name at both ends."""
+        return f"cable{cable}"
 
     @staticmethod
     def address(host: str, cable: int = 0) -> str:
@@ -65,21 +67,21 @@ class Hosts:
 
     def cut(self, cable: int = 0) -> None:
         """Pull the cable out; addresses stay."""
-        run_ip("-n", self.namespace("b"), "link", "set", self.device("b", cable), "down")
+        run_ip("-n", self.namespace("b"), "link", "set", self.device(cable), "down")
 
     def mend(self, cable: int = 0) -> None:
-        run_ip("-n", self.namespace("b"), "link", "set", self.device("b", cable), "up")
+        run_ip("-n", self.namespace("b"), "link", "set", self.device(cable), "up")
 
     def slow_down(self, mbit: int, cable: int = 0) -> None:
         """Both directions carry at most so much from now on."""
         for host in "ab":
             limit = ["tbf", "rate", f"{mbit}mbit", "burst", "16kb", "latency", "200ms"]
-            shape = ["tc", "qdisc", "add", "dev", self.device(host, cable), "root", *limit]
+            shape = ["tc", "qdisc", "add", "dev", self.device(cable), "root", *limit]
             subprocess.run(self.command(host, *shape), check=True, capture_output=True, timeout=20)
 
     def bytes_sent(self, host: str, cable: int = 0) -> int:
         """Bytes that have left this host so far."""
-        counter = f"/sys/class/net/{self.device(host, cable)}/statistics/tx_bytes"
+        counter = f"/sys/class/net/{self.device(cable)}/statistics/tx_bytes"
         shown = subprocess.run(self.command(host, "cat", counter), check=True, capture_output=True, text=True)
         return int(shown.stdout)
 
@@ -103,12 +105,12 @@ def two_hosts(cables: int = 1) -> Iterator[Hosts]:
             run_ip("netns", "add", hosts.namespace(host))
             run_ip("-n", hosts.namespace(host), "link", "set", "lo", "up")
         for cable in range(cables):
-            ends = [["name", hosts.device(host, cable), "netns", hosts.namespace(host)] for host in "ab"]
+            ends = [["name", hosts.device(cable), "netns", hosts.namespace(host)] for host in "ab"]
             run_ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
             for host in "ab":
                 where = ("-n", hosts.namespace(host))
-                run_ip(*where, "addr", "add", f"{hosts.address(host, cable)}/24", "dev", hosts.device(host, cable))
-                run_ip(*where, "link", "set", hosts.device(host, cable), "up")
+                run_ip(*where, "addr", "add", f"{hosts.address(host, cable)}/24", "dev", hosts.device(cable))
+                run_ip(*where, "link", "set", hosts.device(cable), "up")
         yield hosts
     finally:
         for host in "ab":
@@ -123,4 +125,3 @@ def two_hosts(cables: int = 1) -> Iterator[Hosts]:
 def _own_files(namespace: str) -> Path:
     """`ip netns exec` lays these over the files in /etc."""
     return Path("/etc/netns") / namespace
-

@@ -77,17 +77,17 @@ def address_of(wanted: str, there: Mapping[str, list[str]]) -> str:
 
 
 def address_towards(host: str) -> str:
-    """The address of this machine from which `host` is reached; where nothing is said of other machines, loopback.
+    """The address of this machine from which `host` is reached; of no host in particular, the one that leads out.
 
     A host name that leads to loopback is this machine's own, looked up in its own file: others know it by another
-    address, so it is the one that leads out.
+    address, so it is taken for none.
     """
     for candidate in _addresses_of(host):
         if ipaddress.ip_address(candidate).is_loopback and not _is_loopback_name(host):
-            candidate = _ANYWHERE
+            break
         if (source := _source(candidate)) is not None:
             return source
-    return (None if host else _source(_ANYWHERE)) or LOOPBACK
+    return _source(_ANYWHERE) or _first_network() or LOOPBACK
 
 
 def agree_on_address(board: Board, wanted: str, host: str, *, first: bool) -> str:
@@ -96,8 +96,8 @@ def agree_on_address(board: Board, wanted: str, host: str, *, first: bool) -> st
     `host`: where the store is, or empty if it is a file. Raises ConfigError (see `address_of`).
     """
     there = interfaces()
-    wanted = wanted or os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
-    mine = address_of(wanted, there) if wanted else None
+    named = wanted or os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    mine = address_of(named, there) if named else None
     if first:
         mine = mine or address_towards(host)
         board.set(ADDRESS_KEY, mine)
@@ -130,6 +130,12 @@ def _source(address: str) -> str | None:
         probe.connect((address, _PORT))
         return str(probe.getsockname()[0])
     return None
+
+
+def _first_network() -> str | None:
+    """For machines on networks that lead nowhere else."""
+    found = (address for addresses in interfaces().values() for address in addresses)
+    return next((address for address in found if not ipaddress.ip_address(address).is_loopback), None)
 
 
 def _is_mine(address: str) -> bool:
