@@ -245,6 +245,8 @@ class RunConfig:
     """CPU threads of each process; 0: all cores, or its share where launch/local.py or slurm/train.sh starts it."""
     baseline_steps: int = 0
     """Train so many steps of the uncut model beside the run, step by step in turn, to compare time and loss."""
+    outside_clients: int = 0
+    """The last so many clients are not started with the other roles; they come from elsewhere (launch/join.py)."""
     client_restarts: int = 0
     """Start a client that died again, so many times at most (launch/local.py and slurm/train.sh; with
     `train.min_clients`, so that the others go on meanwhile)."""
@@ -264,6 +266,7 @@ class RunConfig:
         )
         require_at_least("run.threads", self.threads, 0)
         require_at_least("run.baseline_steps", self.baseline_steps, 0)
+        require_at_least("run.outside_clients", self.outside_clients, 0)
         require_at_least("run.client_restarts", self.client_restarts, 0)
         require(self.grace_s > 0, f"--run.grace_s is {self.grace_s}; it must be above 0")
 
@@ -311,6 +314,15 @@ class Config:
             f"--data.evaluate_by generation with --trunk.ranks {self.trunk.ranks}: each rank answers its own clients "
             "for as long as they ask, while the others wait for it; use one trunk rank, or --data.evaluate_by "
             "likelihood",
+        )
+        require(
+            self.run.outside_clients <= self.train.clients,
+            f"--run.outside_clients {self.run.outside_clients} exceeds --train.clients {self.train.clients}",
+        )
+        require(
+            self.run.outside_clients == 0 or self.link.transport in ("auto", "gloo"),
+            f"--run.outside_clients {self.run.outside_clients} does not work with --link.transport "
+            f"{self.link.transport}, which joins only processes of one launch; use gloo",
         )
         require(
             self.run.client_restarts == 0 or self.train.min_clients > 0,

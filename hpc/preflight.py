@@ -15,6 +15,7 @@ from hpc.agreement import lasting_agreement
 from hpc.config import Config
 from hpc.data.examples import held_out_examples, training_examples
 from hpc.errors import ConfigError, TopologyError
+from hpc.link.meeting_file import require_folder
 from hpc.quantizer import require_quantizer
 from hpc.schedule import total_steps
 from hpc.source.cut import Cut, PartKind
@@ -33,6 +34,8 @@ def check(config: Config, *, coordinates: bool = True) -> None:
     `coordinates`: whether checkpoints are committed in this role's folder; another role's may hold its own files only.
     """
     check_output(config, coordinates=coordinates)
+    if config.link.rendezvous:
+        require_folder(config.link.rendezvous)
     check_model(config)
     require_quantizer(config.trunk.quantization)
     stage = zero_stage(read_deepspeed_json(config.trunk.deepspeed))

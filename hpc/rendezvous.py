@@ -23,6 +23,10 @@ from hpc.errors import CheckpointError, PeerLost, TopologyError
 from hpc.launcher import STORE_FD
 from hpc.link.broken import lost_if_broken
 from hpc.link.gloo import CLIENT, SERVER, connect_gloo
+from hpc.link.interface import agree_on_address
+from hpc.link.meeting_file import meeting_name, open_store
+from hpc.link.mpi_library import use_launchers_library
+from hpc.link.stores import join_tcp_store
 from hpc.link.transport import Transport, choose_transport
 from hpc.process import device_of
 from hpc.resume import find
@@ -44,6 +48,9 @@ class Rendezvous:
         if place.role == "baseline":  # it has no link
             return
         self.transport_name = self._agree_on_transport()
+        self.address = agree_on_address(
+            self.store, config.link.interface, self._meeting_host, first=place.name == "trunk-0"
+        )
         if self.transport_name == "mpi":
             from hpc.link.mpi import link_communicator
 
@@ -52,10 +59,11 @@ class Rendezvous:
     def _agree_on_transport(self) -> str:
         """Trunk rank 0 chooses for all: two ends that choose by what they see might choose differently."""
         if self.place.name == "trunk-0":
-            gpus = 0 if self.config.run.device == "cpu" else torch.cuda.device_count()
+            outside = self.config.run.outside_clients > 0  # neither in MPI's world nor beside these GPUs
+            gpus = 0 if self.config.run.device == "cpu" or outside else torch.cuda.device_count()
             chosen = choose_transport(
                 self.config.link.transport,
-                under_mpi=self.place.world.launcher == "mpi",
+                under_mpi=self.place.world.launcher == "mpi" and not outside,
                 distinct_gpus=gpus >= self.place.world.world_size,
             )
             self.store.set(TRANSPORT_KEY, chosen)
@@ -63,23 +71,26 @@ class Rendezvous:
             return str(self.store.get(TRANSPORT_KEY).decode())
 
     def _open_store(self) -> dist.Store:
+        if folder := self.config.link.rendezvous:
+            self._meeting_host = ""
+            name = meeting_name(self.config.link.port, self.config.run.name, os.environ)
+            return open_store(folder, name, hosts=self.place.name == "trunk-0", timeout_s=self.config.link.timeout_s)
         world, timeout = self.place.world, timedelta(seconds=self.config.link.timeout_s)
         port = self.config.link.port if self.config.link.port and world.launcher != "env" else world.master_port
         hosts = self.place.name == "trunk-0" and not world.agent_hosts_store
         address = world.master_addr
         if world.launcher == "mpi" and "MASTER_PORT" not in os.environ:
             address, port = _agree_over_mpi(port if self.config.link.port else 0)
-        listener = int(os.environ[STORE_FD]) if hosts and STORE_FD in os.environ else None
+        self._meeting_host = address
+        if not hosts:
+            return join_tcp_store(address, port, timeout_s=self.config.link.timeout_s)
+        listener = int(os.environ[STORE_FD]) if STORE_FD in os.environ else None
         try:
             return dist.TCPStore(
-                address, port, is_master=hosts, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
+                address, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener
             )
         except (dist.DistNetworkError, dist.DistStoreError) as error:
-            if hosts:
-                raise TopologyError(f"port {port} is taken; give another --link.port ({_first(error)})") from None
-            raise PeerLost(
-                f"nobody answers at {address}:{port} after {self.config.link.timeout_s:g} s: is trunk rank 0 running?"
-            ) from None
+            raise TopologyError(f"port {port} is taken; give another --link.port ({_first(error)})") from None
 
     def announce(self) -> int:
         """A client says that it has started; returns how often it had before. Raises `PeerLost`."""
@@ -126,7 +137,15 @@ class Rendezvous:
                 timeout_s=timeout_s,
                 peer=peer,
             )
-        return connect_gloo(store, client_id=client_id, rank=rank, timeout_s=timeout_s, peer=peer, epoch=epoch)
+        return connect_gloo(
+            store,
+            client_id=client_id,
+            rank=rank,
+            timeout_s=timeout_s,
+            peer=peer,
+            epoch=epoch,
+            address=self.address,
+        )
 
     def open_trunk_group(self, device: torch.device) -> None:
         """The default process group: trunk ranks only, since DeepSpeed takes it for its whole world."""
@@ -200,6 +219,7 @@ def made_up_folder(config: Config) -> str:
 
 
 def _agree_over_mpi(port: int) -> tuple[str, int]:
+    use_launchers_library()
     from mpi4py import MPI
 
     def free() -> int:

@@ -152,10 +152,16 @@ def place(world: World, config: Config) -> Place:
 
 def check_world(processes: int, config: Config) -> None:
     """Raise `TopologyError` with the numbers and the flags unless there is one process for each role."""
-    if processes == config.world_size:
+    outside = config.run.outside_clients
+    if processes == config.world_size - outside:
         return
     if config.train.schedule == "centralised":
         raise TopologyError(f"{processes} processes were started; --train.schedule centralised runs in 1 process")
+    if outside:
+        raise TopologyError(
+            f"{processes} processes were started; --trunk.ranks {config.trunk.ranks} and --train.clients "
+            f"{config.train.clients} without --run.outside_clients {outside} need {config.world_size - outside}"
+        )
     few = "few" if processes < config.world_size else "many"
     raise TopologyError(
         f"{processes} processes are too {few}: --trunk.ranks {config.trunk.ranks} and --train.clients "

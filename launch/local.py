@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hpc.cli import make_parser, parse, run_main
 from hpc.config import Config
-from hpc.errors import BadInput
+from hpc.errors import BadInput, ConfigError
 from hpc.launcher import launch
 from hpc.topology import read_world
 
@@ -30,6 +30,11 @@ def main(argv: list[str]) -> int:
     config, _ = parse(make_parser(str(__doc__)), argv)
     if config.world_size == 1:
         return one_rank(argv)
+    if config.run.outside_clients:
+        raise ConfigError(
+            f"--run.outside_clients {config.run.outside_clients}: this command starts all roles on this machine, where "
+            "nobody else can reach them; start launch/train.py (see launch/join.py --help)"
+        )
     from hpc.preflight import check, check_data
 
     check(config)

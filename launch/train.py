@@ -18,6 +18,7 @@ from hpc.errors import BadInput, HpcError, Paused
 from hpc.imports import importing
 from hpc.last_words import RoleFailed, leave_last_words
 from hpc.launcher import BASELINE
+from hpc.link.meeting_file import leave_meetings
 from hpc.preflight import check, check_data, check_meeting_point
 from hpc.stopping import listen
 from hpc.topology import Place, World, place, read_world
@@ -92,6 +93,8 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
         if not isinstance(error, HpcError):
             traceback.print_exc()
         return tell(where.name, error)
+    finally:
+        leave_meetings()
     return 0
 
 

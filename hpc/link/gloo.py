@@ -74,19 +74,28 @@ class GlooTransport:
 
 
 def connect_gloo(
-    store: dist.Store, *, client_id: int, rank: int, timeout_s: float, peer: str, epoch: int = 0
+    store: dist.Store, *, client_id: int, rank: int, timeout_s: float, peer: str, epoch: int = 0, address: str = ""
 ) -> GlooTransport:
     """Meet the other end of client `client_id`'s link in `store`; `rank` is SERVER or CLIENT.
 
+    `address`: this machine's, to listen at and to start from; empty: what its host name leads to.
     A client that comes back meets its trunk rank under the next `epoch`. Raises PeerLost after `timeout_s` seconds.
     """
     start = time.monotonic()
     prefix = dist.PrefixStore(f"link/{client_id}/{epoch}", store)
     try:
-        group = dist.ProcessGroupGloo(prefix, rank, 2, timedelta(seconds=timeout_s))
+        group = dist.ProcessGroupGloo(prefix, rank, 2, _options(address, timeout_s))
     except (RuntimeError, ValueError) as error:
         raise lost(peer, "it to come to the link", time.monotonic() - start, _reason(error)) from None
     return GlooTransport(group, rank=rank, peer=peer)
+
+
+def _options(address: str, timeout_s: float) -> Any:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    options._devices = [gloo.create_device(hostname=address) if address else gloo.create_default_device()]
+    return options
 
 
 def _reason(error: Exception) -> str:

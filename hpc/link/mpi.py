@@ -12,6 +12,7 @@ import torch
 
 from hpc.errors import PeerLost, TamperError, TopologyError
 from hpc.link.frame import payload_view
+from hpc.link.mpi_library import use_launchers_library
 from hpc.link.transport import Pending, lost
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def link_communicator() -> MPI.Intracomm:
 
     Raises TopologyError if MPI is not installed or has a single rank.
     """
+    use_launchers_library()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -38,7 +40,10 @@ def link_communicator() -> MPI.Intracomm:
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise TopologyError("this MPI does not let threads receive while others send; use --link.transport gloo")
     if MPI.COMM_WORLD.Get_size() < 2:
-        raise TopologyError("--link.transport mpi found a single MPI rank; launch with mpirun -n N")
+        raise TopologyError(
+            "--link.transport mpi found a single MPI rank; launch with mpirun -n N, and if you did, "
+            f"{MPI.Get_library_version().splitlines()[0][:60]!r} is not that mpirun's library: name it in MPI4PY_LIBMPI"
+        )
     return MPI.COMM_WORLD.Dup()
 
 

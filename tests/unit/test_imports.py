@@ -90,6 +90,7 @@ FLOORS = {
     "hpc.dry_run": 5,
     "hpc.federation": 5,
     "hpc.generate": 5,
+    "hpc.joining": 5,
     "hpc.ask": 5,
     "hpc.wishes": 1,
     "hpc.stopping": 1,
