@@ -96,6 +96,7 @@ FLOORS = {
     "hpc.stopping": 1,
     "hpc.admission": 3,
     "hpc.reception": 3,
+    "hpc.opening": 5,
     "hpc.rendezvous": 5,
     "hpc.launcher": 5,
     "hpc.roles": 5,
