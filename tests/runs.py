@@ -107,7 +107,8 @@ class Started:
         for process in self.all.values():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            if process.stderr is not None and not process.stderr.closed:
+                process.communicate()
 
     def start(self, name: str, command: list[str], **variables: str) -> None:
         self.all[name] = subprocess.Popen(
