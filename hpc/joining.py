@@ -66,7 +66,7 @@ def reachable_name(host: str) -> str:
 
 
 def wait_for_store(host: str, port: int, timeout_s: float) -> None:
-    """Until somebody listens there. Raises PeerLost in one line, where torch's store would print pages about each try."""
+    """Until somebody listens there. Raises PeerLost: one line, where torch would print pages about each try."""
     deadline, reason = time.monotonic() + timeout_s, ""
     while (left := deadline - time.monotonic()) > 0:
         try:

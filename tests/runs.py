@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 LOCAL, TRAIN = str(ROOT / "launch" / "local.py"), str(ROOT / "launch" / "train.py")
 EXPORT = str(ROOT / "launch" / "export.py")
+JOIN = str(ROOT / "launch" / "join.py")
 TINY = ["--config", str(ROOT / "launch" / "recipes" / "tiny.yaml"), "--data.val_examples", "8"]
+# AdamW forgives any constant factor on a gradient; a large epsilon and a tight clip do not.
+STEPS = ("--train.max_steps", "4", "--train.adam_epsilon", "0.01", "--train.max_grad_norm", "0.2")
 
 
 @dataclass(kw_only=True)
@@ -87,3 +91,44 @@ def torchrun(processes: int) -> tuple[str, ...]:
         "--rdzv-endpoint",
         "localhost:0",
     )
+
+
+class Started:
+    """Commands that run at the same time, in process groups of their own; what is left of them dies at the end."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, subprocess.Popen[str]] = {}
+        self.ended_at: dict[str, float] = {}
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.all.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert process.stderr is not None
+            process.stderr.close()
+
+    def start(self, name: str, command: list[str], **variables: str) -> None:
+        self.all[name] = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=clean_environment(**variables),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait(self, timeout_s: float) -> dict[str, tuple[int, str]]:
+        """Exit code and stderr of each, which must be short; `ended_at` has the time of each end."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.ended_at) < len(self.all):
+            for name, process in self.all.items():
+                if name not in self.ended_at and process.poll() is not None:
+                    self.ended_at[name] = time.monotonic()
+            assert time.monotonic() < deadline, f"no end within {timeout_s} s; ended: {list(self.ended_at)}"
+            time.sleep(0.02)
+        return {name: (process.returncode, process.communicate()[1]) for name, process in self.all.items()}

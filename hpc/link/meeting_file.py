@@ -2,8 +2,9 @@
 
 Trunk rank 0 makes a store of its own, `meet-<name>-<random>/store`, and puts the name of that into the pointer
 `meet-<name>`, whose time of change it renews as long as it lives. A pointer that an ended or killed run left behind
-does not change, so nobody takes it up: no clock is compared, only seen to move. Everything is its owner's alone. No torch here
-until the store is opened, since the folder is checked before any work.
+does not change, so nobody takes it up: no clock is compared, only seen to move. Everything is its owner's alone.
+
+No torch here until the store is opened, since the folder is checked before any work.
 """
 
 from __future__ import annotations

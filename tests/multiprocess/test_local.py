@@ -16,24 +16,19 @@ from safetensors.torch import load_file
 
 from hpc.link.identity import ensure_local
 from hpc.report.events import read_events, role_path
-from tests.runs import EXPORT, LOCAL, ROOT, TINY, TRAIN, Finished, clean_environment, local, run_command, torchrun
+from tests.runs import EXPORT, LOCAL, ROOT, STEPS, TINY, TRAIN, Finished, clean_environment, local, run_command, torchrun
 
 pytestmark = pytest.mark.timeout(240)
-# AdamW forgives any constant factor on a gradient; a large epsilon and a tight clip do not.
-STEPS = ("--train.max_steps", "4", "--train.adam_epsilon", "0.01", "--train.max_grad_norm", "0.2")
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("identities") / "keys"
-    ensure_local(folder, 2)
-    return folder
+def keys(run_keys: Path) -> Path:
+    return run_keys
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Finished:
-    """client_batch over Gloo, one trunk rank, started by one python process."""
-    return local(tmp_path_factory.mktemp("reference"), keys, *STEPS, "--run.baseline_steps", "4")
+def reference(one_machine_run: Finished) -> Finished:
+    return one_machine_run
 
 
 @pytest.fixture(scope="module")

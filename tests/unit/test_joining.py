@@ -56,7 +56,7 @@ def test_what_is_missing_or_wrong_is_named(
 
 @pytest.mark.parametrize("host", ["", " ", "two words", "http://127.0.0.1", "ä..b", "a\nb", "x" * 70, "[::1", "-"])
 def test_odd_host_names_are_refused(host: str) -> None:
-    with pytest.raises(ConfigError, match="--host .*give a name or address alone") as refused:
+    with pytest.raises(ConfigError, match=r"--host .*give a name or address alone") as refused:
         reachable_name(host)
     assert "\n" not in str(refused.value)
 
