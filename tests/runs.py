@@ -107,8 +107,9 @@ class Started:
         for process in self.all.values():
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            if process.stderr is not None and not process.stderr.closed:
-                process.communicate()
+            process.wait()
+            assert process.stderr is not None
+            process.stderr.close()
 
     def start(self, name: str, command: list[str], **variables: str) -> None:
         self.all[name] = subprocess.Popen(
