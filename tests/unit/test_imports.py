@@ -40,6 +40,7 @@ FLOORS = {
     "hpc.source": 2,
     "hpc.model": 2,
     "hpc.data": 2,
+    "hpc.metrics": 2,
     # roles, and what they do together
     "hpc.optim": 3,
     "hpc.learner": 3,
