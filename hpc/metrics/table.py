@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hpc.errors import ConfigError
 from hpc.metrics.bleu import character_bleu4, english_bleu4
 from hpc.metrics.labels import accuracy, macro_f1, unparsed
 from hpc.metrics.multirc import Answer, multirc
@@ -78,7 +79,9 @@ RECORD = Metrics(names=("f1", "em"), score=_record)
 ENGLISH = Metrics(names=("rouge1", "rouge2", "rougeL", "bleu4", "exact_match"), score=_english)
 CHINESE = Metrics(names=("rouge1", "rouge2", "rougeL", "bleu4", "exact_match"), score=_chinese)
 
-# Task → its metrics. Free text of a `jsonl` file in Chinese is scored by `CHINESE`.
+# Language of a text to be generated → its metrics. The English ones see no words in Chinese text.
+OF_LANGUAGE: Mapping[str, Metrics] = {"en": ENGLISH, "zh": CHINESE}
+# Task → its metrics.
 METRICS: Mapping[str, Metrics] = {
     "boolq": LABELS,
     "cb": LABELS_AND_F1,
@@ -94,3 +97,16 @@ METRICS: Mapping[str, Metrics] = {
     "wsc": LABELS,
     "xsum": ENGLISH,
 }
+
+
+def metrics_of(task: str, language: str | None = None) -> Metrics:
+    """The task's row; free text in another language than the row's has that language's metrics.
+
+    Raises `ConfigError` for a task or a language that is unknown.
+    """
+    if task not in METRICS:
+        raise ConfigError(f"task {task!r} has no metrics; choose one of {', '.join(METRICS)}")
+    if language is not None and language not in OF_LANGUAGE:
+        raise ConfigError(f"language {language!r} has no metrics; choose one of {', '.join(OF_LANGUAGE)}")
+    row = METRICS[task]
+    return OF_LANGUAGE[language] if language and row in OF_LANGUAGE.values() else row

@@ -168,6 +168,14 @@ def test_pure_modules_know_nothing_of_processes(module: str) -> None:
     assert not found, f"{module} imports {found}; it must not import {barred}"
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if within(name, "hpc.metrics")])
+def test_metrics_know_values_only(module: str) -> None:
+    """Predictions come as plain values, so old runs can be scored again without a model, or torch."""
+    allowed = ("hpc.errors", "hpc.metrics")
+    found = [name for name in imports(MODULES[module]) if name.split(".")[0] in {"hpc", "torch", "transformers"}]
+    assert not [name for name in found if not any(within(name, root) for root in allowed)]
+
+
 @pytest.mark.parametrize(("module", "stranger"), STRANGERS)
 def test_client_and_server_do_not_know_each_other(module: str, stranger: str) -> None:
     assert not [name for name in imports(MODULES[module]) if within(name, stranger)]
