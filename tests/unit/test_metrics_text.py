@@ -130,7 +130,7 @@ def test_a_dictionary_in_the_shared_temporary_folder_is_not_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = tmp_path / "jieba.cache"
-    planted.write_bytes(marshal.dumps(({"染有": 10**9}, 10**9)))
+    planted.write_bytes(marshal.dumps(({"染": 0, "染有": 10**9}, 10**9)))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     _tokenizer.cache_clear()
     assert "感染" in chinese_words("与感染有关")
