@@ -349,6 +349,7 @@ def test_sigterm_to_the_launcher_leaves_no_process(keys: Path, tmp_path: Path) -
     assert not subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True, check=False).stdout.split()
 
 
+@pytest.mark.long
 def test_waiting_for_ones_turn_is_no_silence(keys: Path, tmp_path: Path) -> None:
     """Client 1 waits longer than the deadline for client 0's turn to end, and lives."""
     flags = (

@@ -42,7 +42,7 @@ def cut_after_3(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((), ("--link.transport", "mpi")),
+        pytest.param((), ("--link.transport", "mpi"), marks=pytest.mark.long),
         ((), ("--trunk.ranks", "2", *zero(2))),
         pytest.param(("--trunk.ranks", "2"), (), marks=pytest.mark.long),
         pytest.param(("--train.schedule", "replica"), ("--trunk.ranks", "2"), marks=pytest.mark.long),

@@ -46,7 +46,7 @@ def zero(stage: int) -> tuple[str, ...]:
     [
         pytest.param(("--trunk.ranks", "2"), marks=pytest.mark.long),
         ("--trunk.ranks", "2", *zero(2)),
-        ("--link.transport", "mpi"),
+        pytest.param(("--link.transport", "mpi"), marks=pytest.mark.long),
     ],
     ids=["two ranks", "two ranks, ZeRO 2", "MPI"],
 )
