@@ -73,7 +73,7 @@ def test_a_link_cut_in_the_middle_of_a_frame(run_keys: Path, tmp_path: Path) -> 
         ended = runs.wait(PATIENCE_S + 30)
         assert not hosts.processes()
     noticed = {role: runs.ended_at[role] - cut_at for role in ended}
-    for role, peer in {"trunk": "client-0", "client": "server"}.items():
+    for role, peer in {"trunk": "client 0", "client": "trunk rank 0"}.items():
         code, err = ended[role]
         assert code == 1, (role, err)
         (line,) = err.splitlines()
