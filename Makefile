@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. The environment in .venv is made once, and again when what it depends on changes.
+# make demo | test | faults | lint | clean. The environment in .venv is made once, and again when what it depends on changes.
 
 PYTHON ?= python3
 # SLOW=0 leaves out the tests that take more than some seconds.
@@ -11,15 +11,24 @@ JOBS ?= $(shell nproc)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint format clean
+PROCESSES := tests/multiprocess tests/slurm tests/faults
+
+.PHONY: demo test faults lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python launch/local.py --config launch/recipes/demo.yaml
 
 # Tests with processes of their own run one at a time: they would only wait for each other, and their deadlines count.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --ignore tests/multiprocess $(CHOICE)
-	$(BIN)/python -m pytest tests/multiprocess $(CHOICE)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PROCESSES:%=--ignore %) $(CHOICE)
+	$(BIN)/python -m pytest $(PROCESSES) $(CHOICE)
+
+# Breaks runs for real, and writes docs/faults.md from what it saw.
+faults: $(STAMP)
+	rm -f .faults.jsonl
+	HPC_FAULTS_FILE=$(CURDIR)/.faults.jsonl $(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m tests.faults.table .faults.jsonl
+	rm -f .faults.jsonl
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

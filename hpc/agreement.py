@@ -54,5 +54,11 @@ def agreement(config: Config) -> dict[str, str]:
 
 
 def lasting_agreement(config: Config) -> dict[str, str]:
-    """The part of `agreement` that a checkpoint and the run that takes it up must have alike."""
-    return {key: value for key, value in agreement(config).items() if key not in FREE_ON_RESUME}
+    """The part of `agreement` that a checkpoint and the run that takes it up must have alike.
+
+    Where all clients' parts are alike, and the trunk has nothing of a single client's, their number may change.
+    """
+    free = FREE_ON_RESUME
+    if config.train.shares_state and config.train.schedule in ("client_batch", "pipelined"):
+        free |= {"train.clients"}
+    return {key: value for key, value in agreement(config).items() if key not in free}

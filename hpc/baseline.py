@@ -10,6 +10,7 @@ from hpc.centralised import Centralised
 from hpc.config import Config
 from hpc.data.dataset import load_client_data
 from hpc.link.broken import lost_if_broken
+from hpc.logs import begin_file
 from hpc.model.build import ModelBuilder, count_parameters
 from hpc.model.pretrained import load_tokenizer
 from hpc.rendezvous import Rendezvous
@@ -22,8 +23,8 @@ from hpc.turns import TURNS, Ring, Turns
 LONGEST_RUN = timedelta(days=30)
 
 
-def run_baseline(config: Config, meeting: Rendezvous) -> None:
-    """The baseline's own process: wait for each turn and take one step."""
+def run_baseline(config: Config, meeting: Rendezvous) -> str:
+    """The baseline's own process: wait for each turn and take one step. Returns how it ended."""
     ring = Ring.from_json(os.environ[TURNS])
     turns = Turns(meeting.store, ring, timeout=LONGEST_RUN)
     with lost_if_broken("trunk rank 0 is gone or silent"):
@@ -34,11 +35,13 @@ def run_baseline(config: Config, meeting: Rendezvous) -> None:
         for turn, order in enumerate(steps[: ring.turns]):
             turns.begin(turn)
             if turn == 0:
+                begin_file(folder)
                 events.write(Started())
             model.train_step(order)
             if turn == ring.turns - 1:  # before the run goes on, so that its report finds it
                 events.write(_ended(model, builder))
             turns.end(turn)
+    return f"finished after {ring.turns} steps beside the run"
 
 
 def _ended(model: Centralised, builder: ModelBuilder) -> Ended:

@@ -5,6 +5,7 @@ Nothing here knows of links or of DeepSpeed. Shape suffixes: B rows, T tokens, L
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from hpc.config import Config
 from hpc.data.collate import Batch, union
 from hpc.data.dataset import ClientData, score_eval
 from hpc.early_stopping import Patience, majority
-from hpc.errors import NonFinite
+from hpc.errors import NonFinite, Paused
 from hpc.export.save import save_centralised_adapter
 from hpc.learner import Learner, seed_dropout, tail_loss_sum
 from hpc.matches import count_matches
@@ -28,8 +29,11 @@ from hpc.report.events import Evaluation, EventLog, WholeStep
 from hpc.saving import Saver
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
 from hpc.source.cut import Cut
+from hpc.stopping import paused_words
 
 ROLE = "centralised"
+
+_log = logging.getLogger("hpc")
 
 
 class Centralised:
@@ -65,8 +69,12 @@ class Centralised:
         attempt: Attempt = UNNAMED,
         before_step: Callable[[int], None] = lambda step: None,
         after_step: Callable[[int], None] = lambda step: None,
+        stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
-        """The whole run, in the order of the schedule, from the checkpoint at `start` in `folder` if that is not 0."""
+        """The whole run, in the order of the schedule, from the checkpoint at `start` in `folder` if that is not 0.
+
+        Raises `Paused`, with a checkpoint written, once `stop_asked`.
+        """
         saver = Saver(config=self.config, folder=folder, role=ROLE, attempt=attempt, log=self.log)
         if start:
             state, facts = read_role(checkpoint_folder(folder, start), ROLE, attempt=attempt.takes_up)
@@ -74,7 +82,13 @@ class Centralised:
             self.loss_scale.load(facts)
             for client, patience in enumerate(self._patience):
                 patience.load({key: facts[f"{client}/{key}"] for key in patience.state()})
+        boundary = -1
         for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=start):
+            if instruction.step > boundary and not isinstance(instruction, (Sync, Save)):
+                boundary = instruction.step
+                if stop_asked():
+                    done = self._save(saver, boundary) if boundary else False
+                    raise Paused(paused_words(boundary, checkpoint=done))
             match instruction:
                 case TrainStep():
                     before_step(instruction.step)
@@ -86,13 +100,18 @@ class Centralised:
                         self.log.note("early_stop", step=instruction.step)
                         break
                 case Save():
-                    facts = self.loss_scale.state() | _numbered(self._patience)
-                    written = saver.write(instruction.step, ROLE, self.learner.state(), facts)
-                    saver.finish(instruction.step, saver.commit(instruction.step) if written else [])
+                    self._save(saver, instruction.step)
                 case HandOver() | Sync():
                     pass  # one process holds everything
         if self.config.run.save_adapter:
             save_centralised_adapter(folder, self.config, self.learner.parameters)
+
+    def _save(self, saver: Saver, step: int) -> bool:
+        """Whether there is a checkpoint of this step now."""
+        written = saver.write(step, ROLE, self.learner.state(), self.loss_scale.state() | _numbered(self._patience))
+        kept = saver.commit(step) if written else []
+        saver.finish(step, kept)
+        return bool(kept)
 
     def train_step(self, order: TrainStep) -> float:
         """The batches of the step's clients as one; returns the wall seconds of the step."""
@@ -164,6 +183,7 @@ class Centralised:
                     matched=self._matches(data) if self.config.data.decodes else None,
                 )
             )
+        _log.info("evaluation after step %d: done", step)
         self.model.train()
 
     def _matches(self, data: ClientData) -> int:

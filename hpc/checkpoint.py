@@ -16,7 +16,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -158,18 +158,29 @@ def _digest(tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]) -> str
     return found.hexdigest()
 
 
-def commit(run_folder: str | Path, step: int, agreement: Mapping[str, str], *, attempt: str = "") -> None:
+def commit(
+    run_folder: str | Path,
+    step: int,
+    agreement: Mapping[str, str],
+    *,
+    attempt: str = "",
+    clients: Sequence[int] | None = None,
+    after: float = 0.0,
+) -> None:
     """Make the checkpoint exist. Call when every role has written its file. Raises `OSError`.
 
-    The manifest names the files that this role can see: all where the folder is shared, else only its own.
+    The manifest names the files that this role can see: all where the folder is shared, else only its own. `clients`:
+    those who have written theirs; None: all. `after`: Unix time of the last commit, maybe by the clock of another
+    host, which may be ahead of this one's.
     """
     folder = checkpoint_folder(run_folder, step)
     manifest = {
         "step": step,
         "attempt": attempt,
-        "committed": time.time(),
+        "committed": max(time.time(), after + 1e-3),
         "files": _files_of(folder, step, attempt),
         "agreement": dict(agreement),
+        **({} if clients is None else {"clients": list(clients)}),
     }
     draft = folder / f".{MANIFEST}.{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ Submitting or refusing a job must be quick, so nothing here imports torch.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -18,7 +19,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from hpc.config import Config
-from hpc.errors import ConfigError, HpcError
+from hpc.errors import BadInput, ConfigError, HpcError
+from hpc.logs import reason
 from hpc.quiet import hush
 
 
@@ -83,19 +85,26 @@ def suggestion(key: str) -> str:
     return f"; did you mean {near[0]}?" if near else "; --help lists the valid keys"
 
 
-def run_main(main: Callable[[list[str]], int], prefix: str = "error") -> None:
-    """Run a script's `main(argv)` and exit: one line for what is foreseen, code 2 for bad input, 1 for the rest."""
+def run_main(main: Callable[[list[str]], int], prefix: str = "error", *, ending: str = "") -> None:
+    """Run a script's `main(argv)` and exit: one line for what is foreseen, code 2 for bad input, 1 for the rest.
+
+    `ending`: what that line begins with, instead of `prefix`, where work was under way.
+    """
+    ending = ending or prefix
     hush()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path with letters that the terminal lacks ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main(sys.argv[1:])
     except HpcError as error:
-        sys.stderr.write(f"{prefix}: {error}\n")
+        sys.stderr.write(f"{prefix if error.exit_code == BadInput.exit_code else ending}: {error}\n")
         code = error.exit_code
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        print(f"{ending}: {reason(error)}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print(f"{prefix}: interrupted", file=sys.stderr, flush=True)
+        print(f"{ending}: interrupted", file=sys.stderr, flush=True)
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()

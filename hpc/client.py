@@ -5,6 +5,7 @@ Text, labels, logits and loss never leave this process. One training step is in 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +13,19 @@ from pathlib import Path
 import torch
 
 from hpc.acts import Recv, Send
-from hpc.checkpoint import UNNAMED, Attempt, checkpoint_folder, read_role
+from hpc.checkpoint import UNNAMED, Attempt, checkpoint_folder, read_role, step_of
 from hpc.client_side import ClientSide
 from hpc.client_step import ClientStepRun
 from hpc.config import Config
 from hpc.contribution import MaskedContribution
 from hpc.data.dataset import ClientData, score_eval
 from hpc.early_stopping import Patience
-from hpc.errors import ProtocolError
+from hpc.errors import IdentityError, Paused, ProtocolError
 from hpc.export.save import save_client_adapter
 from hpc.layouts import layout_numbers
 from hpc.learner import Learner
 from hpc.link.channel import Channel
-from hpc.link.frame import NOT_WRITTEN, WOULD_STOP, Header
+from hpc.link.frame import DONATES, NEEDS_STATE, NOT_WRITTEN, WOULD_STOP, Frame, Header
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
 from hpc.matches import count_matches
@@ -37,8 +38,13 @@ from hpc.saving import Saver, from_payload
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
 from hpc.smashed_cache import CacheBook
 from hpc.split_chain import SplitChains
+from hpc.stopping import paused_words
 from hpc.stopwatch import Stopwatch
-from hpc.trunk_link import TrunkLink
+from hpc.trunk_link import PauseAsked, TrunkLink
+
+_log = logging.getLogger("hpc")
+
+_log = logging.getLogger("hpc")
 
 
 class Client:
@@ -59,8 +65,14 @@ class Client:
         folder: Path,
         start: int = 0,
         attempt: Attempt = UNNAMED,
+        needs_state: bool = False,
+        make_peers: Callable[[], PeerKeys] | None = None,
         before_step: Callable[[int], None] = lambda step: None,
     ) -> None:
+        """`needs_state`: it has not got what the clients have learned, and asks them for it; `make_peers`: its keys
+        for other clients, where a run without need of them has one that comes back.
+        """
+        self.needs_state, self._make_peers = needs_state, make_peers
         self._before_step, self.folder, self.start, self.attempt = before_step, folder, start, attempt
         self.client_id, self.config, self.train = client_id, config, config.train
         self.head, self.tail = head.to(device), tail.to(device)
@@ -73,7 +85,8 @@ class Client:
         self._samples: list[int] = []  # of every client, told by the trunk
         self.side = self._make_side()
         self.saver = Saver(config=config, folder=folder, role=f"client-{client_id}", attempt=attempt, log=log)
-        if start:
+        self.link.on_welcome = self._welcome
+        if start and not needs_state:
             self._resume()
         self._eval_batches = data.eval_batches(config.train.eval_batch_size)
 
@@ -102,24 +115,77 @@ class Client:
         )
 
     def open(self) -> None:
-        """Say how much data there is; wait for all roles; take up the other clients' public keys."""
+        """Say how much data there is; take up the others' public keys, and what they have learned if it is needed.
+
+        Returns when all roles are ready; `start` is then the step to begin behind.
+        """
         told = torch.tensor([len(self._eval_batches), len(self.data.train_rows), self.learner.values])
-        self.link.send(Header(kind=Kind.READY), told)
-        self._samples = self.link.recv_next(Kind.READY).payload.tolist()
+        asks = self.needs_state and self.train.shares_state
+        self.link.send(Header(kind=Kind.READY, flags=NEEDS_STATE if asks else 0), told)
+        if asks or self.train.clients_meet:
+            self._send_key(step=0)
+        due, patience_s = (Kind.PEER_KEY, Kind.HANDOVER, Kind.READY), self.config.link.start_patience_s
+        while (frame := self.link.recv_next(*due, patience_s=patience_s)).header.kind is not Kind.READY:
+            if frame.header.kind is Kind.PEER_KEY:
+                self._peers().add(frame.payload.numpy().tobytes())
+            else:
+                self.learner.load_state(self._peers().open(frame.header.micro, frame.payload))
+        self.start, self._samples = frame.header.step, frame.payload.tolist()
         if self._samples[self.client_id : self.client_id + 1] != [len(self.data.train_rows)]:
             raise ProtocolError(f"the trunk says that this client has other than {len(self.data.train_rows)} examples")
+        if self.needs_state and not self.train.shares_state:
+            self._take_up_own()
+
+    def _send_key(self, step: int) -> None:
+        message = torch.frombuffer(bytearray(self._peers().public_message()), dtype=torch.uint8)
+        self.link.send(Header(kind=Kind.PEER_KEY, step=step), message)
+
+    def _peers(self) -> PeerKeys:
         if self.peers is None:
+            assert self._make_peers is not None, "only where clients may come back"
+            self.peers = self._make_peers()
+        return self.peers
+
+    def _welcome(self, told: Frame, key: Frame) -> None:
+        """Another client has come: know its key, and give it what the clients have learned if this one is asked to.
+
+        That is what was learned up to the last step: whatever has begun of the next does not count yet.
+        """
+        comer, step, donates = told.header.micro, told.header.step, bool(told.header.flags & DONATES)
+        self._samples = told.payload.tolist()
+        if not donates and not self.train.clients_meet:
             return
-        message = torch.frombuffer(bytearray(self.peers.public_message()), dtype=torch.uint8)
-        self.link.send(Header(kind=Kind.PEER_KEY), message)
-        for _ in range(self.train.clients - 1):
-            self.peers.add(self.link.recv_next(Kind.PEER_KEY).payload.numpy().tobytes())
+        try:
+            self._peers().add(key.payload.numpy().tobytes())
+        except IdentityError as error:
+            if not donates:
+                raise
+            _log.warning("client %d cannot give client %d what was learned: %s", self.client_id, comer, error)
+            self._send_key(step)
+            self.link.send(Header(kind=Kind.HANDOVER, step=step, micro=comer, flags=NOT_WRITTEN))
+            return
+        if donates:
+            self._send_key(step)
+            sealed = self._peers().seal(comer, self.learner.state())
+            self.link.send(Header(kind=Kind.HANDOVER, step=step, micro=comer), sealed)
 
     def run(self, before_goodbye: Callable[[], None] = lambda: None) -> None:
         """The whole run, in the order of the schedule; `before_goodbye` runs while the trunk still waits.
 
-        `open` comes first.
+        `open` comes first. Raises `Paused` if the trunk ends the run to be resumed.
         """
+        try:
+            self._follow_the_schedule()
+            if self.config.run.save_adapter:
+                save_client_adapter(self.folder, self.config, self.client_id, self.learner.parameters, self.link)
+            before_goodbye()
+            self.link.send(Header(kind=Kind.BYE))
+            self.link.recv_next(Kind.BYE)
+        except PauseAsked as asked:
+            done = self.save(asked.step) if asked.step else False
+            raise Paused(paused_words(asked.step, checkpoint=done)) from None
+
+    def _follow_the_schedule(self) -> None:
         for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=self.start):
             match instruction:
                 case TrainStep():
@@ -134,11 +200,6 @@ class Client:
                     self.hand_over(instruction)
                 case Save():
                     self.save(instruction.step)
-        if self.config.run.save_adapter:
-            save_client_adapter(self.folder, self.config, self.client_id, self.learner.parameters, self.link)
-        before_goodbye()
-        self.link.send(Header(kind=Kind.BYE))
-        self.link.recv_next(Kind.BYE)
 
     def train_step(self, order: TrainStep) -> None:
         """One batch through head, trunk and tail and back, then one optimiser step."""
@@ -233,6 +294,7 @@ class Client:
             part.train()
         loss_sum = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
         self._patience.take(loss_sum / label_tokens if label_tokens else math.nan)
+        _log.info("evaluation after step %d: %d of %d right", step, correct, total)
         self.log.write(
             Evaluation(
                 step=step, correct=correct, total=total, loss_sum=loss_sum, label_tokens=label_tokens, matched=matched
@@ -266,12 +328,29 @@ class Client:
             sealed = self.link.recv_next(Kind.HANDOVER).payload
             self.learner.load_state(self.peers.open(order.sender, sealed))
 
-    def save(self, step: int) -> None:
-        """Write the client parts, which never leave this client; learn which checkpoints there are from now on."""
+    def save(self, step: int) -> bool:
+        """Write the client parts, which never leave this client; learn which checkpoints there are from now on.
+
+        Returns whether there is one of this step.
+        """
         state, facts = self.learner.state(), self._patience.state()
         written = self.saver.write(step, f"client-{self.client_id}", state, facts)
         self.link.send(Header(kind=Kind.READY, step=step, flags=0 if written else NOT_WRITTEN))
-        self.saver.finish(step, from_payload(self.link.recv(Kind.READY, step, on_device=False).payload))
+        kept = from_payload(self.link.recv(Kind.READY, step, on_device=False).payload)
+        self.saver.finish(step, kept)
+        return bool(kept)
+
+    def _take_up_own(self) -> None:
+        """Where each client keeps its own parts: the last that this one wrote, if it did."""
+        name = f"client-{self.client_id}"
+        for folder in sorted(self.folder.glob("checkpoint-*"), key=step_of, reverse=True):
+            if 0 < step_of(folder) <= self.start and (folder / f"{name}.safetensors").exists():
+                state, facts = read_role(folder, name)
+                self.learner.load_state(state)
+                self._patience.load(facts)
+                _log.warning("%s goes on with its own parts of step %d", name, step_of(folder))
+                return
+        _log.warning("%s has no checkpoint of its own parts; they begin anew", name)
 
     def _resume(self) -> None:
         folder, role = checkpoint_folder(self.folder, self.start), f"client-{self.client_id}"

@@ -158,6 +158,9 @@ class LinkConfig:
     """Size of a sealed chunk (MiB)."""
     timeout_s: float = 300.0
     """Longest wait for a peer's next frame (seconds)."""
+    start_timeout_s: float = 300.0
+    """Longest wait for a peer to load its part and get ready, before the first step (seconds; `timeout_s` if that is
+    more)."""
     keys_dir: str = "keys"
     """Folder of the identities: own private key, server.pem, authorized_clients/, revoked/."""
     port: int = 0
@@ -171,8 +174,15 @@ class LinkConfig:
 
     def __post_init__(self) -> None:
         require(1 / 256 <= self.chunk_mib <= 1024, f"--link.chunk_mib is {self.chunk_mib}; it must be 0.004 to 1024")
-        require(self.timeout_s > 0, f"--link.timeout_s is {self.timeout_s}; it must be above 0")
+        for name in ("timeout_s", "start_timeout_s"):
+            value = getattr(self, name)
+            require(value > 0, f"--link.{name} is {value}; it must be above 0")
         require(0 <= self.port < 65536, f"--link.port is {self.port}; it must be 0 to 65535")
+
+    @property
+    def start_patience_s(self) -> float:
+        """Longest wait for a peer to get ready (seconds)."""
+        return max(self.timeout_s, self.start_timeout_s)
 
     @property
     def chunk_bytes(self) -> int:
@@ -232,7 +242,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one."""
     threads: int = 0
-    """CPU threads of each process; 0: all cores, or its share where launch/local.py starts all roles on one machine."""
+    """CPU threads of each process; 0: all cores, or its share where launch/local.py or slurm/train.sh starts it."""
     baseline_steps: int = 0
     """Train so many steps of the uncut model beside the run, step by step in turn, to compare time and loss."""
     outside_clients: int = 0

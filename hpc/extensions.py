@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from hpc.errors import HpcError
@@ -31,7 +32,8 @@ def load_operator() -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    folder = Path(os.environ.setdefault(FOLDER, str(_own_folder(deepspeed.__file__))))
+    folder = operator_folder()
+    os.environ.setdefault(FOLDER, str(folder))
     with _only_one(folder) as alone:
         builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
         if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
@@ -42,11 +44,17 @@ def load_operator() -> None:
         builder.load()
 
 
-def _own_folder(library: str) -> Path:
-    """One for each installation: the build names the paths of its headers, and another's would be built anew."""
+def operator_folder() -> Path:
+    """Where the operator is built: PyTorch's own variable says, or one folder for each installation.
+
+    The build names the paths of its headers, so another installation's would be built anew.
+    """
+    if FOLDER in os.environ:
+        return Path(os.environ[FOLDER])
     import torch
 
-    about = f"{library} {torch.__version__}"
+    library = find_spec("deepspeed")  # without importing it, which takes seconds
+    about = f"{library.origin if library else None} {torch.__version__}"
     return cache_root() / "extensions" / hashlib.sha256(about.encode()).hexdigest()[:12]
 
 

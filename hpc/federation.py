@@ -6,20 +6,24 @@ import logging
 import os
 import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from hpc.admission import Admission
 from hpc.aggregate import TrunkGroup
 from hpc.agreement import agreement
 from hpc.baseline import run_baseline
 from hpc.checkpoint import Attempt
 from hpc.config import Config
-from hpc.errors import DataError, HpcError
+from hpc.errors import DataError, HpcError, Paused, PeerLost
 from hpc.export.save import forget_adapter
+from hpc.last_words import leave_ending
 from hpc.link.broken import lost_if_broken
 from hpc.link.channel import Channel
 from hpc.link.connect import open_client_channel, open_server_channel
 from hpc.link.identity import Authorised, client_name, load_private
+from hpc.logs import begin_file, ended_well, terminal_line
 from hpc.model.build import ModelBuilder, count_parameters
 from hpc.model.pretrained import load_tokenizer
 from hpc.process import device_of, prepare_process
@@ -27,27 +31,40 @@ from hpc.rendezvous import Rendezvous, made_up_folder, start_of, trunk_patience_
 from hpc.report.events import Ended, EventLog, Started, role_path
 from hpc.report.provenance import peak_rss_mib, versions
 from hpc.schedule import clients_of_step, total_steps
+from hpc.stopping import StopRequest
 from hpc.topology import Place, clients_of_trunk_rank
 from hpc.turns import TURNS, step_hooks
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from hpc.server import Server
 
 log = logging.getLogger("hpc")
 
 
-def run_role(config: Config, place: Place, yaml: str) -> None:
-    """Run this process's role to its end. `yaml`: the resolved configuration, saved beside the results."""
+def run_role(config: Config, place: Place, yaml: str, *, stop: StopRequest | None = None) -> None:
+    """Run this process's role to its end. `yaml`: the resolved configuration, saved beside the results.
+
+    `stop`: whether it was asked to end at the next step. Raises `Paused` if it did.
+    """
     prepare_process(config, place)
+    stop = stop or StopRequest()
     if place.role == "centralised":
-        run_centralised(config, yaml)
+        why = run_centralised(config, yaml, stop)
     elif place.role == "baseline":
-        run_baseline(config, Rendezvous(place, config))
+        why = run_baseline(config, Rendezvous(place, config))
     elif place.role == "trunk":
-        run_trunk(config, place, yaml)
+        why = run_trunk(config, place, yaml, stop)
     else:
-        run_client(config, place)
+        why = run_client(config, place, stop)
+    ended_well(why)
+    if place.name in ("trunk-0", "centralised"):
+        leave_ending(terminal_line(f"run ended: {why}"))
 
 
-def run_trunk(config: Config, place: Place, yaml: str) -> None:
-    """One trunk rank: links, blocks on DeepSpeed, the rounds, and (rank 0) the report."""
+def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> str:
+    """One trunk rank: links, blocks on DeepSpeed, the rounds, and (rank 0) the report. Returns how it ended."""
     from hpc.build_trunk import build_trunk
     from hpc.report.progress import Progress
     from hpc.server import Server
@@ -55,13 +72,12 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
     meeting = Rendezvous(place, config)
     folder = Path(meeting.output_folder())
     # Told before the first link opens: whoever is linked must not wait for it while another client is refused.
-    start, attempt = meeting.take_up(folder)
+    start, attempt, _ = meeting.take_up(folder)
     channels: dict[int, Channel] = {}
-    with closing_links(channels), lost_if_broken("another trunk rank is gone or silent"):
-        for client_id in clients_of_trunk_rank(place.index, config):
-            channels[client_id], _ = open_server_channel(
-                meeting.link(client_id), link=config.link, client_id=client_id, agreement=agreement(config)
-            )
+    events = EventLog(role_path(folder, place.name))
+    servers: list[Server] = []
+    admission = open_links(meeting, config, channels, events, servers)
+    with closing_links(channels, admission), lost_if_broken("another trunk rank is gone or silent"):
         device = device_of(config, place)
         builder = ModelBuilder.of(config)
         meeting.open_trunk_group(device)
@@ -71,7 +87,7 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
         trunk, facts = build_trunk(
             part, config, rank=place.index, device=device, folder=folder, start=start, attempt=attempt
         )
-        events, reports = EventLog(role_path(folder, place.name)), place.index == 0
+        reports = place.index == 0
         server = Server(
             config=config,
             trunk=trunk,
@@ -83,17 +99,25 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
             folder=folder,
             start=start,
             attempt=attempt,
+            admission=admission,
+            stop_asked=stop,
         )
+        servers.append(server)
         server.loss_scale.load(facts)
         server.open()
+        stop.begin()
         # Every role is up: only now is anything written.
+        begin_file(folder)
         if reports:
             save_config(folder, yaml)
             if config.run.baseline_steps and TURNS not in os.environ and not start:
                 log.warning("--run.baseline_steps is left out: it needs launch/local.py as a single process")
+        log_begin(config, start)
         events.write(Started(step=start))
         per_step = len(clients_of_step(config.train, 0))
-        progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=per_step)
+        progress = Progress(
+            folder, total_steps=total_steps(config.train), clients_per_step=per_step, form=terminal_line
+        )
 
         def payload() -> dict[str, float]:
             stats = server.served.stats()
@@ -101,7 +125,11 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
 
         turns = step_hooks(config, place.name, store=meeting.store, log=events, meter=payload)
 
+        done = start
+
         def after_step(step: int) -> None:
+            nonlocal done
+            done = step + 1
             if reports:
                 progress.poll()
 
@@ -114,10 +142,56 @@ def run_trunk(config: Config, place: Place, yaml: str) -> None:
             progress.close()
             report(config, folder)
     torch.distributed.destroy_process_group()
+    return finished(config, done, folder)
 
 
-def run_client(config: Config, place: Place) -> None:
-    """One client: link, its own data, head and tail, the rounds."""
+def open_links(
+    meeting: Rendezvous, config: Config, channels: dict[int, Channel], events: EventLog, servers: list[Server]
+) -> Admission | None:
+    """Fill `channels` with this trunk rank's clients; where the run can go on without one, it may also come later.
+
+    `servers`: the server, once there is one. Raises `PeerLost` if too few come, `IdentityError`, `HandshakeError`.
+    """
+    clients = clients_of_trunk_rank(meeting.place.index, config)
+    agreed = agreement(config)
+
+    def connect(client_id: int, epoch: int, store: Store | None) -> Channel:
+        transport = meeting.link(client_id, epoch=epoch, store=store)
+        return open_server_channel(transport, link=config.link, client_id=client_id, agreement=agreed)[0]
+
+    def refused(client_id: int, why: str) -> None:
+        log.warning("client %d was refused: %s", client_id, why)
+        events.note("client_refused", client_id=client_id, why=why)
+
+    if not config.train.min_clients:
+        with closing_links(channels, only_on_error=True):
+            for client_id in clients:
+                channels[client_id] = connect(client_id, 0, None)
+        return None
+    admission = Admission(
+        clients,
+        starts=meeting.starts(),
+        connect=lambda client_id, epoch: connect(client_id, epoch, meeting.another_store()),
+        is_here=lambda client_id: bool(servers) and servers[0].served.is_here(client_id),
+        refused=refused,
+        timeout_s=config.link.timeout_s,
+    )
+    # How many of the others' clients have come, the ranks tell each other before the first step.
+    least = config.train.min_clients if config.trunk.ranks == 1 else 0
+    try:
+        channels.update(admission.first(least=least))
+    except PeerLost:
+        admission.close()
+        raise
+    for client_id in clients:
+        if client_id not in channels:
+            events.note("client_lost", step=1, client_id=client_id, why="it has not come yet")
+            log.warning("client %d has not come; the run begins without it, and it may come later", client_id)
+    return admission
+
+
+def run_client(config: Config, place: Place, stop: StopRequest) -> str:
+    """One client: link, its own data, head and tail, the rounds. Returns how it ended."""
     from hpc.client import Client
     from hpc.data.dataset import load_client_data
     from hpc.link.peers import PeerKeys
@@ -126,20 +200,22 @@ def run_client(config: Config, place: Place) -> None:
     client_id = place.index
     channels: dict[int, Channel] = {}
     with closing_links(channels), lost_if_broken("trunk rank 0 is gone or silent"):
+        epoch = meeting.announce()
         channels[0], _ = open_client_channel(
-            meeting.link(client_id), link=config.link, client_id=client_id, agreement=agreement(config)
+            meeting.link(client_id, epoch=epoch), link=config.link, client_id=client_id, agreement=agreement(config)
         )
         folder = Path(meeting.output_folder())
-        start, attempt = meeting.take_up(folder)
+        start, attempt, newcomers = meeting.take_up(folder)
         forget_adapter(folder, place.name)
         builder = ModelBuilder.of(config)
         data = load_client_data(config, client_id, load_tokenizer(builder.resolver))
         head, tail = builder.client_parts()
-        peers = None
-        if config.train.clients_meet:
+
+        def make_peers() -> PeerKeys:
             identity = load_private(config.link.keys_dir, client_name(client_id))
             pinned = Authorised.load(config.link.keys_dir).by_client_id()
-            peers = PeerKeys(client_id, identity, pinned, meeting.run_id())
+            return PeerKeys(client_id, identity, pinned, meeting.run_id())
+
         events = EventLog(role_path(folder, place.name))
         parameters = {name: count_parameters(part) for name, part in (("head", head), ("tail", tail))}
         turns = step_hooks(config, place.name, store=meeting.store, log=events)
@@ -150,7 +226,9 @@ def run_client(config: Config, place: Place) -> None:
             tail=tail,
             data=data,
             channel=channels[0],
-            peers=peers,
+            peers=make_peers() if config.train.clients_meet else None,
+            make_peers=make_peers,
+            needs_state=epoch > 0 or client_id in newcomers,
             log=events,
             device=device_of(config, place),
             folder=folder,
@@ -159,7 +237,10 @@ def run_client(config: Config, place: Place) -> None:
             before_step=turns.before_step,
         )
         client.open()
-        events.write(Started(step=start))
+        stop.begin()
+        begin_file(folder)
+        log_begin(config, client.start)
+        events.write(Started(step=client.start))
 
         def last_event() -> None:
             events.write(_ended(parameters, len(builder.source.keys_read), meeting.transport_name))
@@ -167,40 +248,64 @@ def run_client(config: Config, place: Place) -> None:
         # Before the goodbye, so that whoever reports after it finds everything.
         client.run(before_goodbye=last_event)
         turns.finish()
+    return f"finished, results in {folder}"
 
 
-def run_centralised(config: Config, yaml: str) -> None:
-    """The uncut baseline as a run of its own."""
+def run_centralised(config: Config, yaml: str, stop: StopRequest) -> str:
+    """The uncut baseline as a run of its own. Returns how it ended."""
     from hpc.baseline import build_centralised
 
     folder = Path(config.run.folder or made_up_folder(config))
-    start, takes_up = start_of(config, folder)
+    start, takes_up, _ = start_of(config, folder)
     forget_adapter(folder, "centralised")
     attempt = Attempt(name=secrets.token_hex(16), takes_up=takes_up)
     save_config(folder, yaml)
+    begin_file(folder)
+    log_begin(config, start)
+    done = start
     with EventLog(role_path(folder, "centralised")) as events:
         events.write(Started(step=start))
         from hpc.report.progress import Progress
 
-        progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=1)
+        progress = Progress(folder, total_steps=total_steps(config.train), clients_per_step=1, form=terminal_line)
         model, builder = build_centralised(config, events)
         turns = step_hooks(config, "centralised", store=None, log=events)
+
+        def after_step(step: int) -> None:
+            nonlocal done
+            done = step + 1
+            progress.poll()
+
+        stop.begin()
         model.run(
             folder,
             start=start,
             attempt=attempt,
             before_step=turns.before_step,
-            after_step=lambda step: progress.poll(),
+            after_step=after_step,
+            stop_asked=stop,
         )
         turns.finish()
         events.write(_ended({"model": count_parameters(model.model)}, len(builder.source.keys_read), None))
         progress.close()
     report(config, folder)
+    return finished(config, done, folder)
+
+
+def log_begin(config: Config, start: int) -> None:
+    log.info("run begins at step %d of %d", start + 1, total_steps(config.train))
+
+
+def finished(config: Config, steps: int, folder: Path) -> str:
+    """How a run ended well, in words."""
+    whole = total_steps(config.train)
+    early = f" of {whole} (stopped early)" if steps < whole else ""
+    return f"finished after {steps}{early} steps, results in {folder}"
 
 
 def save_config(folder: Path, yaml: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml)
+    (folder / "config.yaml").write_text(yaml, encoding="utf-8")
 
 
 def report(config: Config, folder: Path) -> None:
@@ -224,15 +329,21 @@ def _ended(parameters: dict[str, dict[str, int]], keys_read: int, transport: str
 class closing_links:  # reads as a statement
     """Whatever happens, the peers hear why this role ends, and no link stays open."""
 
-    def __init__(self, channels: dict[int, Channel]) -> None:
-        self._channels = channels
+    def __init__(
+        self, channels: dict[int, Channel], admission: Admission | None = None, *, only_on_error: bool = False
+    ) -> None:
+        self._channels, self._admission, self._only_on_error = channels, admission, only_on_error
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        if error is None and self._only_on_error:
+            return
+        if self._admission is not None:
+            self._admission.close()
         for channel in self._channels.values():
-            if error is not None:
+            if error is not None and not isinstance(error, Paused):  # that they know already
                 channel.send_error(reason_for_peers(error))
             channel.close()
 

@@ -22,7 +22,8 @@ from hpc.agreement import agreement
 from hpc.config import Config
 from hpc.errors import HpcError, LinkError
 from hpc.federation import closing_links
-from hpc.launcher import beside, leave_last_words
+from hpc.last_words import leave_last_words
+from hpc.launcher import beside
 from hpc.link.broken import lost_if_broken
 from hpc.link.channel import Channel
 from hpc.link.connect import open_client_channel, open_server_channel

@@ -1,7 +1,6 @@
 """One process a role on this machine: start them, watch them, end them together. Imports no torch.
 
-Used when the whole federation is started from one command. A role that fails writes its last words into a file of a
-private folder, so that the user sees one line, the cause, instead of every role's echo of it.
+Used when the whole federation is started from one command. Why roles end, they tell through `hpc.last_words`.
 """
 
 from __future__ import annotations
@@ -13,30 +12,25 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from hpc.config import Config
-from hpc.errors import HpcError, LinkError, TopologyError
+from hpc.errors import LinkError, TopologyError
+from hpc.last_words import LAST_WORDS, RoleFailed, cause, ending
+from hpc.nurslings import Nursery, Process, roles_can_be_forked
+from hpc.roles import GRACE_S, Roles, stop
 from hpc.schedule import total_steps
 from hpc.topology import World
 from hpc.turns import TURNS, Ring
 
-GRACE_S = 15.0  # for the others to notice a dead role and end by themselves
-POLL_S = 0.05
 LAUNCHER_VARIABLES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "TORCH_NCCL_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAST_WORDS, STORE_FD, BASELINE, THREADS = "HPC_LAST_WORDS", "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
+STORE_FD, BASELINE, THREADS = "HPC_STORE_FD", "HPC_BASELINE", "HPC_THREADS"
 
-
-class RoleFailed(HpcError):
-    """A role ended with an error; carries its exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code
+Start = Callable[[Mapping[str, str], tuple[int, ...]], Process]  # a role's own variables, open files to hand down
 
 
 def launch(config: Config, script: Path, arguments: list[str]) -> None:
@@ -51,25 +45,47 @@ def launch(config: Config, script: Path, arguments: list[str]) -> None:
         if compares:
             environ[TURNS] = _ring(config, "run").to_json()
         command = [sys.executable, str(script), *arguments]
-        if config.link.transport == "mpi":
-            clients: list[subprocess.Popen[bytes]] = []  # an MPI job ends with any of its processes
-            listener.close()  # mpirun passes no open file on; rank 0 binds the port again
-            if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
-                environ["TERM"] = "dumb"
-            processes = [_start([*mpirun(config.world_size), *command], environ)]
-        else:
-            processes = _start_ranks(config, command, environ, listener)
-            clients = processes[config.trunk.ranks :]
-        least = config.train.min_clients
-        if compares:
-            own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
-            processes.append(_start(command, {**environ, **own}))
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _end_on_request)
-        try:
-            _watch(processes, Path(words), clients if least else [], least)
-        finally:
-            _stop(processes)
+        roles = Roles(config, Path(words))
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, roles.pause)
+        with _starting(config, script, arguments, environ, listener) as start:
+            try:
+                if config.link.transport == "mpi":
+                    listener.close()  # mpirun passes no open file on; rank 0 binds the port again
+                    if not sys.stdout.isatty():  # mpirun gives its processes a terminal, whatever its own output is
+                        environ["TERM"] = "dumb"
+                    roles.start("mpirun", partial(_start, [*mpirun(config.world_size), *command], environ))
+                else:
+                    for rank in range(config.world_size):
+                        roles.start(role_name(config, rank), partial(start, *_own(config, rank, listener)))
+                if compares:
+                    own = {BASELINE: "me", TURNS: _ring(config, "baseline").to_json()}
+                    roles.start("baseline", partial(start, own, ()))
+                roles.watch()
+            finally:
+                roles.stop()
+        if (line := ending(Path(words))) is not None:
+            print(line, flush=True)
+
+
+@contextmanager
+def _starting(
+    config: Config, script: Path, arguments: list[str], environ: dict[str, str], listener: socket.socket
+) -> Iterator[Start]:
+    """How a role is started: forked from a process that has imported what it needs, or else by itself."""
+    if config.link.transport == "mpi" or not roles_can_be_forked(config, environ):
+        yield partial(_start_by_itself, [sys.executable, str(script), *arguments], environ)
+        return
+    command, kind = [sys.executable, str(script.with_name("nursery.py"))], config.trunk.quantization
+    nursery = Nursery(command, script, arguments, environ, quantization=kind, hand_down=(listener.fileno(),))
+    try:
+        yield nursery.start
+    except RoleFailed:
+        if nursery.death is not None:
+            raise RoleFailed(nursery.death, 1) from None
+        raise
+    finally:
+        nursery.close()
 
 
 @contextmanager
@@ -92,10 +108,10 @@ def beside(config: Config, command: list[str]) -> Iterator[World]:
         except LinkError:
             _end_by_itself(process)
             if process.returncode:
-                raise _cause([process], Path(words)) from None
+                raise cause({"trunk-0": process.returncode}, Path(words)) from None
             raise
         finally:
-            _stop([process])
+            stop([process])
 
 
 def _end_by_itself(process: subprocess.Popen[bytes]) -> None:
@@ -112,6 +128,11 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")
     return kept
+
+
+def role_name(config: Config, rank: int) -> str:
+    """`trunk-0`, `client-1`: who this global rank is."""
+    return f"trunk-{rank}" if rank < config.trunk.ranks else f"client-{rank - config.trunk.ranks}"
 
 
 def cpu_share(config: Config, rank: int) -> dict[str, str]:
@@ -143,11 +164,6 @@ def mpirun(processes: int) -> list[str]:
     return [found, *(["--allow-run-as-root"] if os.geteuid() == 0 else []), *options, "-n", str(processes)]
 
 
-def _end_on_request(number: int, frame: object) -> None:
-    """What `timeout`, torchrun or a job scheduler asks for; the roles must not outlive the command."""
-    raise RoleFailed(f"ended by {signal.Signals(number).name}", 128 + number)
-
-
 def _listen(port: int) -> socket.socket:
     """Bind the rendezvous port here and hand the socket down, so that nobody can take it in between."""
     listener = socket.socket()
@@ -160,94 +176,19 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _start_ranks(
-    config: Config, command: list[str], environ: dict[str, str], listener: socket.socket
-) -> list[subprocess.Popen[bytes]]:
-    processes, count = [], config.world_size
-    for rank in range(count):
-        own = {
-            **environ,
-            **cpu_share(config, rank),
-            "RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_RANK": str(rank),
-        }
-        hand_down = (listener.fileno(),) if rank == 0 else ()
-        if rank == 0:
-            own[STORE_FD] = str(listener.fileno())
-        processes.append(_start(command, own, hand_down))
-    return processes
+def _own(config: Config, rank: int, listener: socket.socket) -> tuple[dict[str, str], tuple[int, ...]]:
+    """A rank's own variables, and the open files that it is handed."""
+    own = {"RANK": str(rank), "WORLD_SIZE": str(config.world_size), "LOCAL_RANK": str(rank)}
+    if rank:
+        return {**cpu_share(config, rank), **own}, ()
+    return {**cpu_share(config, rank), **own, STORE_FD: str(listener.fileno())}, (listener.fileno(),)
+
+
+def _start_by_itself(
+    command: list[str], environ: Mapping[str, str], own: Mapping[str, str], hand_down: tuple[int, ...]
+) -> Process:
+    return _start(command, {**environ, **own}, hand_down)
 
 
 def _start(command: list[str], environ: dict[str, str], hand_down: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environ, pass_fds=hand_down, stdin=subprocess.DEVNULL, start_new_session=True)
-
-
-def _watch(
-    processes: list[subprocess.Popen[bytes]], words: Path, spared: list[subprocess.Popen[bytes]], least: int
-) -> None:
-    """Until all have ended well, or one has failed and the others have had their time to end.
-
-    Of those `spared`, some may fail as long as `least` are left.
-    """
-    deadline = None
-    while any(process.poll() is None for process in processes):
-        served = all(process.poll() is not None for process in processes if process not in spared)
-        if deadline is None and (served or _fatal(processes, spared, least)):
-            deadline = time.monotonic() + GRACE_S
-        if deadline is not None and time.monotonic() > deadline:
-            break
-        time.sleep(POLL_S)
-    failed = _fatal(processes, spared, least)
-    if failed:
-        raise _cause(failed, words)
-    for path in sorted(words.glob("*.txt")):
-        print(f"without harm to the run: {path.read_text().partition(chr(10))[2]}", file=sys.stderr)
-
-
-def _fatal(
-    processes: list[subprocess.Popen[bytes]], spared: list[subprocess.Popen[bytes]], least: int
-) -> list[subprocess.Popen[bytes]]:
-    """The processes whose failure ends the run."""
-    failed = [process for process in processes if process.poll()]
-    left = sum(process not in failed for process in spared)
-    return [process for process in failed if process not in spared or left < least]
-
-
-def _cause(failed: list[subprocess.Popen[bytes]], words: Path) -> RoleFailed:
-    """The first role's last words, bad input before anything else, since the others only tell of its end."""
-    said = []
-    for path in sorted(words.glob("*.txt"), key=lambda p: p.stat().st_mtime_ns):
-        code, _, text = path.read_text().partition("\n")
-        said.append(RoleFailed(text, int(code)))
-    if said:
-        # The trunk knows more than a client that only lost it, and bad input is the cause of anything else.
-        return min(said, key=lambda each: (each.exit_code != 2, not str(each).startswith("trunk")))
-    status: int = failed[0].returncode
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
-    return RoleFailed(f"a process of the run {how} without a word; see above for what it printed", 1)
-
-
-def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """No role outlives the command: terminate, then kill, each with its whole process group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        alive = [process for process in processes if process.poll() is None]
-        for process in alive:
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:
-                continue
-        deadline = time.monotonic() + 3
-        while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-
-
-def leave_last_words(role: str, text: str, code: int) -> bool:
-    """Tell the launcher why this role ends; False if nobody listens and the role must print it itself."""
-    folder = os.environ.get(LAST_WORDS)
-    if folder is None or not Path(folder).is_dir():
-        return False
-    draft = Path(folder) / f".{role}.draft"
-    draft.write_text(f"{code}\n{role}: {text}")
-    draft.rename(Path(folder) / f"{role}.txt")
-    return True

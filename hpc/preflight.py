@@ -5,22 +5,26 @@ No torch here: a refusal takes a second, not ten.
 
 from __future__ import annotations
 
-import os
+import socket
+import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from hpc.agreement import lasting_agreement
 from hpc.config import Config
 from hpc.data.examples import held_out_examples, training_examples
-from hpc.errors import ConfigError
+from hpc.errors import ConfigError, TopologyError
 from hpc.link.meeting_file import require_folder
 from hpc.quantizer import require_quantizer
 from hpc.schedule import total_steps
 from hpc.source.cut import Cut, PartKind
 from hpc.source.published_prefix import published_prefix
 from hpc.source.resolve import cut_of, read_config, resolve
+from hpc.topology import World
 from hpc.trunk_config import read_deepspeed_json, zero_stage
 
+RESOLVER_PAUSES_S = (0.5, 1.5)
 PARTS: tuple[PartKind, ...] = ("head", "trunk", "tail")
 
 
@@ -95,11 +99,7 @@ def check_output(config: Config, *, coordinates: bool = True) -> None:
     if folder is None:
         return
     path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--run.output_dir {folder} is a file; give a folder")
-    nearest = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    if not os.access(nearest, os.W_OK):
-        raise ConfigError(f"--run.output_dir {folder} cannot be written: no permission in {nearest}")
+    check_folder("--run.output_dir", path)
     if wanted is not None:
         if coordinates:
             from hpc.resume import find
@@ -111,6 +111,39 @@ def check_output(config: Config, *, coordinates: bool = True) -> None:
             f"{folder} holds a {kind}; go on from its last checkpoint with --run.resume_from_checkpoint latest, "
             "or choose another --run.name or --run.output_dir"
         )
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """Raise `ConfigError` unless files can be written in this folder, or where it would be made."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{flag} {str(path)!a} is not text in UTF-8; rename the folder") from None
+    nearest = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{flag} {path}: {nearest} is a file; give a folder")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):  # access rights alone do not tell of a file system that is read-only
+            pass
+    except OSError as error:
+        raise ConfigError(f"{flag} {path} cannot be written: {error.strerror} in {nearest}") from None
+
+
+def check_meeting_point(world: World, config: Config) -> None:
+    """Raise `TopologyError` if the host where the roles are to meet has no address here."""
+    if world.world_size == 1 or world.launcher == "mpi" or config.link.rendezvous:
+        return
+    for pause_s in (*RESOLVER_PAUSES_S, None):  # a resolver may fail for a moment when a large job starts
+        try:
+            socket.getaddrinfo(world.master_addr, world.master_port)
+            return
+        except (OSError, UnicodeError) as error:
+            if pause_s is None:
+                raise TopologyError(
+                    f"the host {world.master_addr}, where the roles are to meet, is not known here ({error}); set "
+                    "MASTER_ADDR to the name or address of trunk rank 0's host"
+                ) from None
+            time.sleep(pause_s)
 
 
 def _check_something_learns(config: Config, cut: Cut) -> None:

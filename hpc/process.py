@@ -4,35 +4,52 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+import platform
+import socket
+import time
 import warnings
 
 import torch
 
 from hpc.config import Config
 from hpc.errors import ConfigError
+from hpc.last_words import LAST_WORDS
 from hpc.launcher import THREADS
+from hpc.logs import set_up
 from hpc.quantizer import leave_out_unless
 from hpc.quiet import hush
 from hpc.topology import Place
 
+log = logging.getLogger("hpc")
+
 
 def prepare_process(config: Config, place: Place) -> None:
-    """Threads, device, and quiet: only trunk rank 0 talks unless something is wrong."""
+    """Threads, device, log, and quiet: only trunk rank 0 talks unless something is wrong."""
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--run.device cuda: this torch sees no GPU; use --run.device cpu or auto")
     torch.set_num_threads(config.run.threads or int(os.environ.get(THREADS, len(os.sched_getaffinity(0)))))
     device = device_of(config, place)
     # DeepSpeed takes its device from here; ranks may share one, or see only their own.
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else place.world.local_rank)
+    if place.role == "trunk":  # its whole world is the trunk; ZeRO 3 refuses a group that is smaller than this says
+        os.environ["WORLD_SIZE"] = str(config.trunk.ranks)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
         torch.cuda.set_device(device)
-    logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s {place.name}: %(message)s", stream=sys.stderr)
+    set_up(place.name, mixed=LAST_WORDS not in os.environ and place.world.world_size > 1)
     hush()
+    log.info("%s", about_process(device))
     leave_out_unless(config.trunk.quantization)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def about_process(device: torch.device) -> str:
+    """What a log begins with: which process this is, and on what."""
+    return (
+        f"started: pid {os.getpid()} on {socket.gethostname()}, clock UTC{time.strftime('%z')}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
+    )
 
 
 def device_of(config: Config, place: Place) -> torch.device:

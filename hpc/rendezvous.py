@@ -8,8 +8,10 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,7 @@ from hpc.topology import Place
 log = logging.getLogger("hpc")
 
 FOLDER_KEY, RUN_KEY, START_KEY, TRANSPORT_KEY = "run/folder", "run/id", "run/start", "run/transport"
+STARTS_KEY = "run/starts/{}"
 
 
 class Rendezvous:
@@ -89,8 +92,30 @@ class Rendezvous:
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             raise TopologyError(f"port {port} is taken; give another --link.port ({_first(error)})") from None
 
-    def link(self, client_id: int) -> Transport:
-        """The two-ended transport between a client and its trunk rank."""
+    def announce(self) -> int:
+        """A client says that it has started; returns how often it had before. Raises `PeerLost`."""
+        with lost_if_broken("trunk rank 0 is gone or silent"):
+            epoch = int(self.store.add(STARTS_KEY.format(self.place.index), 1)) - 1
+        if epoch and not self.config.train.min_clients:
+            raise PeerLost(
+                f"client {self.place.index} has started in this run before, and without --train.min_clients a run "
+                "takes nobody back: end the other process, or start the run anew"
+            )
+        return epoch
+
+    def starts(self) -> Callable[[int], int]:
+        """How often a client has started, asked over a connection of its own, so in any thread."""
+        store = self.another_store()
+        return lambda client: int(store.add(STARTS_KEY.format(client), 0))
+
+    def another_store(self) -> dist.Store:
+        """The same store over another connection: whoever waits on one keeps it from everybody else."""
+        store: Any = self.store  # torch's own declarations lack it
+        return store.clone()
+
+    def link(self, client_id: int, *, epoch: int = 0, store: dist.Store | None = None) -> Transport:
+        """The two-ended transport between a client, at its start number `epoch`, and its trunk rank."""
+        store = store or self.store
         trunk_side = self.place.role == "trunk"
         timeout_s = self.config.link.timeout_s
         peer = f"client {client_id}" if trunk_side else f"trunk rank {client_id % self.config.trunk.ranks}"
@@ -104,15 +129,22 @@ class Rendezvous:
             from hpc.link.nccl import connect_nccl
 
             return connect_nccl(
-                self.store,
+                store,
                 client_id=client_id,
+                epoch=epoch,
                 rank=rank,
                 device=device_of(self.config, self.place),
                 timeout_s=timeout_s,
                 peer=peer,
             )
         return connect_gloo(
-            self.store, client_id=client_id, rank=rank, timeout_s=timeout_s, peer=peer, address=self.address
+            store,
+            client_id=client_id,
+            rank=rank,
+            timeout_s=timeout_s,
+            peer=peer,
+            epoch=epoch,
+            address=self.address,
         )
 
     def open_trunk_group(self, device: torch.device) -> None:
@@ -135,34 +167,40 @@ class Rendezvous:
             return folder
         return configured or self.store.get(FOLDER_KEY).decode()
 
-    def take_up(self, folder: Path) -> tuple[int, Attempt]:
+    def take_up(self, folder: Path) -> tuple[int, Attempt, list[int]]:
         """Where the run begins (0, or the step of the checkpoint that trunk rank 0 found in its folder), for all roles.
+
+        The last are the clients who have nothing in that checkpoint.
 
         Raises `CheckpointError` if there is none, or if this role was told to resume and trunk rank 0 was not.
         """
         wanted = self.config.run.resume_from_checkpoint
         if self.place.name == "trunk-0":
             self.store.set(START_KEY, json.dumps(start_of(self.config, folder)))
-        step, takes_up = json.loads(self.store.get(START_KEY))
+        step, takes_up, newcomers = json.loads(self.store.get(START_KEY))
         if wanted is not None and not step:
             raise CheckpointError(
                 f"--run.resume_from_checkpoint {wanted}: trunk rank 0 begins from scratch; give every role the flag"
             )
-        return step, Attempt(name=self.run_id(), takes_up=takes_up)
+        return step, Attempt(name=self.run_id(), takes_up=takes_up), newcomers
 
     def run_id(self) -> str:
         """A name that no other run has; clients bind their keys for each other to it."""
         return str(self.store.get(RUN_KEY).decode())
 
 
-def start_of(config: Config, folder: Path) -> tuple[int, str]:
-    """The step to begin behind, and the attempt whose checkpoint that is. Raises `CheckpointError`."""
+def start_of(config: Config, folder: Path) -> tuple[int, str, list[int]]:
+    """The step to begin behind, the attempt whose checkpoint that is, and the clients who have nothing in it.
+
+    Raises `CheckpointError`.
+    """
     wanted = config.run.resume_from_checkpoint
     if wanted is None:
-        return 0, ""
+        return 0, "", []
     found = find(folder, wanted, lasting_agreement(config), steps=total_steps(config.train))
     (log.warning if found.passed_over else log.info)("%s", found)
-    return found.step, found.attempt
+    newcomers = [] if found.clients is None else [k for k in range(config.train.clients) if k not in found.clients]
+    return found.step, found.attempt, newcomers
 
 
 def trunk_patience_s(config: Config) -> float:

@@ -24,6 +24,8 @@ class Found:
     step: int
     attempt: str
     """Who wrote it; every file of it must say the same."""
+    clients: tuple[int, ...] | None = None
+    """Those who have a file in it; None: all of the run."""
     passed_over: tuple[str, ...] = ()
     """Newer ones that are not whole, each with the reason."""
 
@@ -66,7 +68,13 @@ def find(run_folder: str | Path, which: str, agreement: Mapping[str, str], *, st
             f"checkpoint-{step} lies beyond the {steps} steps that the run is to have; give more --train.max_steps (or "
             "--train.rounds), or resume from an earlier checkpoint"
         )
-    return Found(step=step, attempt=manifest["attempt"], passed_over=tuple(passed_over))
+    clients = manifest["clients"]
+    return Found(
+        step=step,
+        attempt=manifest["attempt"],
+        clients=None if clients is None else tuple(clients),
+        passed_over=tuple(passed_over),
+    )
 
 
 def committed_steps(run_folder: str | Path) -> list[int]:
@@ -76,6 +84,12 @@ def committed_steps(run_folder: str | Path) -> list[int]:
     """
     steps = [step_of(path.parent) for path in Path(run_folder).glob(f"checkpoint-*/{MANIFEST}")]
     return sorted((step for step in steps if step >= 0), key=lambda step: (_committed_at(run_folder, step), step))
+
+
+def last_commit(run_folder: str | Path) -> float:
+    """Unix time of the newest commit, by the clock of whoever made it; 0 if there is none."""
+    told = (_committed_at(run_folder, step) for step in committed_steps(run_folder))
+    return max((at for at in told if math.isfinite(at)), default=0.0)
 
 
 def fault(run_folder: str | Path, step: int) -> str | None:
@@ -117,7 +131,8 @@ def _manifest(run_folder: str | Path, step: int) -> dict[str, Any]:
         found = json.loads(path.read_text())
         if found["step"] != step:
             raise CheckpointError(f"{path} belongs to step {found['step']}, not {step}")
-        return {key: found[key] for key in ("step", "attempt", "committed", "files", "agreement")}
+        whole = {key: found[key] for key in ("step", "attempt", "committed", "files", "agreement")}
+        return {**whole, "clients": found.get("clients")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error!r})") from None
 

@@ -21,7 +21,7 @@ from hpc.checkpoint import MANIFEST, Attempt, checkpoint_folder, commit, step_of
 from hpc.config import Config
 from hpc.errors import ProtocolError
 from hpc.report.events import EventLog
-from hpc.resume import committed_steps
+from hpc.resume import committed_steps, last_commit
 
 COORDINATORS = ("trunk-0", "centralised")
 
@@ -34,9 +34,12 @@ class Saver:
     def __init__(self, *, config: Config, folder: Path, role: str, attempt: Attempt, log: EventLog) -> None:
         self._config, self._folder, self._role, self._attempt, self._events = config, folder, role, attempt, log
         self._coordinates = role in COORDINATORS
+        self._written = -1  # the step of the last file that this role wrote
 
     def write(self, step: int, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, float]) -> bool:
-        """Write this role's file `name`; False, after a warning, if that failed."""
+        """Write this role's file `name`, unless it has just done so; False, after a warning, if that failed."""
+        if step == self._written:
+            return True
         try:
             if self._coordinates:  # an earlier attempt's checkpoint at this step ends as soon as a file of it is gone
                 (checkpoint_folder(self._folder, step) / MANIFEST).unlink(missing_ok=True)
@@ -44,6 +47,7 @@ class Saver:
         except OSError as error:
             self.fail(step, str(error))
             return False
+        self._written = step
         return True
 
     def fail(self, step: int, why: str) -> None:
@@ -51,13 +55,16 @@ class Saver:
         _log.warning("no checkpoint at step %d: %s; the run goes on, and its older checkpoints stay", step, why)
         self._events.note("checkpoint_failed", step=step, why=why)
 
-    def commit(self, step: int) -> list[int]:
+    def commit(self, step: int, clients: Sequence[int] | None = None) -> list[int]:
         """Make the checkpoint exist, when every role has written; the steps that are kept from now on, this one last.
+
+        `clients`: those who have written, None for all.
 
         Empty, after a warning, if that failed. The manifests of those that are not kept are gone on return.
         """
         try:
-            commit(self._folder, step, lasting_agreement(self._config), attempt=self._attempt.name)
+            agreed, after = lasting_agreement(self._config), last_commit(self._folder)
+            commit(self._folder, step, agreed, attempt=self._attempt.name, clients=clients, after=after)
         except OSError as error:
             self.fail(step, str(error))
             return []
@@ -76,6 +83,8 @@ class Saver:
         That includes the ones that an earlier attempt left half-written before this step. With an empty `kept` the
         checkpoint was not committed: only this role's file of it goes.
         """
+        if step in kept:
+            _log.info("checkpoint written after step %d", step)
         for folder in self._folder.glob("checkpoint-*"):
             unwanted = folder.name not in {f"checkpoint-{each}" for each in kept}
             if (step_of(folder) == step and not kept) or (0 <= step_of(folder) < step and kept and unwanted):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from hpc.acts import Lost, Micro, Recv
 from hpc.config import Config
-from hpc.errors import LinkError, ProtocolError
+from hpc.errors import LinkError, PeerLost, ProtocolError
 from hpc.link.channel import Channel
 from hpc.link.frame import Frame, Header
 from hpc.link.inbox import Inbox, ReadingInbox
@@ -38,7 +38,7 @@ class Served:
         self,
         *,
         config: Config,
-        channels: Mapping[int, Channel],
+        channels: dict[int, Channel],
         device: torch.device,
         hidden_size: int,
         dtype: torch.dtype,
@@ -51,14 +51,15 @@ class Served:
         `described`: frames must tell their rows' layout (`Part.needs_layout`).
         """
         self.channels, self.device, self.log = channels, device, log
+        self._former = LinkStats()  # of links that a client had before it came back
         self.hidden_size, self.dtype, self._described = hidden_size, dtype, described
         self.lost: set[int] = set()
-        self.timeout_s = config.link.timeout_s
+        self.timeout_s, self.start_patience_s = config.link.timeout_s, config.link.start_patience_s
         self._spares_clients = config.train.min_clients > 0 or asked
         self._pieces = split_rows(config.train.per_client_batch_size, config.train.resolved_micro_batches)
         self._longest = config.data.longest_row
         self._caches = config.caches_smashed
-        if (config.train.reads_ahead or asked or config.data.decodes) and channels:
+        if (config.train.reads_ahead or asked or config.data.decodes) and (channels or self._spares_clients):
             timeout_s = config.link.timeout_s
             self.inbox: Inbox = ReadingInbox(channels, timeout_s=timeout_s, meanwhile=self._comfort_others)
         else:
@@ -80,6 +81,23 @@ class Served:
             self.lose(client, step, error)
             return None
         return found
+
+    def recv_out_of_turn(self, client: int, kind: Kind, step: int) -> Frame | None:
+        """This client's next frame of this kind, before others that came; None if it is lost. See `Inbox`."""
+        return self._interject(client, step, lambda: self.inbox.recv_out_of_turn(client, kind))
+
+    def skip_to(self, client: int, kind: Kind, step: int) -> Frame | None:
+        """This client's next frame of this kind and step, dropping what came before; None if it is lost."""
+        return self._interject(client, step, lambda: self.inbox.skip_to(client, kind, step))
+
+    def _interject(self, client: int, step: int, receive: Callable[[], Frame]) -> Frame | None:
+        if client in self.lost:
+            return None
+        try:
+            return receive()
+        except LinkError as error:
+            self.lose(client, step, error)
+            return None
 
     def recv_any(self, awaited: Sequence[Recv], step: int, *, wait: bool) -> tuple[Recv | Lost | None, Frame | None]:
         """Whichever of these frames comes first; `Lost` for a client that is gone; None if none is here yet."""
@@ -140,7 +158,7 @@ class Served:
 
     def stats(self) -> LinkStats:
         """Over all links; `wait_s` is the time in which this rank had nothing to do but wait for a client."""
-        total = LinkStats.total(channel.stats for channel in self.channels.values())
+        total = LinkStats.total([self._former, *(channel.stats for channel in self.channels.values())])
         total.wait_s = self.inbox.waited_s
         return total
 
@@ -154,6 +172,21 @@ class Served:
         self.channels[client].close(grace_s=_GRACE_S)
         self.log.note("client_lost", step=step + 1, client_id=client, why=str(error))
         _log.warning("client %d is lost; the run goes on without it: %s", client, error)
+
+    def is_here(self, client: int) -> bool:
+        """Whether the client's link works, as far as anyone knows. May be asked from any thread."""
+        broken = isinstance(self.inbox, ReadingInbox) and client in self.channels and self.inbox.is_broken(client)
+        return client in self.channels and client not in self.lost and not broken
+
+    def take_back(self, client: int, channel: Channel, step: int) -> None:
+        """A client that was lost has a new link."""
+        if client in self.channels:
+            if client not in self.lost:
+                self.lose(client, step, PeerLost(f"{channel.peer} ended, and came back before that was noticed"))
+            self._former = LinkStats.total((self._former, self.channels[client].stats))
+        self.channels[client] = channel
+        self.lost.discard(client)
+        self.inbox.replace(client, channel)
 
     def _check(self, found: Frame, due: Recv, step: int) -> None:
         header, who = found.header, f"client {due.micro.client}"

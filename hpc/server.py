@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from hpc.acts import Micro, Recv
+from hpc.admission import Admission
 from hpc.aggregate import TrunkGroup
 from hpc.checkpoint import UNNAMED, Attempt
 from hpc.config import Config
 from hpc.early_stopping import majority
-from hpc.errors import PeerLost, ProtocolError
+from hpc.errors import Paused, PeerLost, ProtocolError
 from hpc.export.wire import send_trunk_adapter
 from hpc.layouts import layout_tensor
 from hpc.link.channel import Channel
@@ -27,6 +28,7 @@ from hpc.link.stats import LinkStats
 from hpc.optim import LossScale
 from hpc.programs import Traits, TrunkProgram, trunk_step, trunk_sync
 from hpc.ragged import pack, pad
+from hpc.reception import Reception
 from hpc.replica_step import ReplicaStep
 from hpc.replica_trunk import ReplicaTrunk
 from hpc.report.events import EventLog, TrunkStep
@@ -39,7 +41,9 @@ from hpc.server_step import ServedStep
 from hpc.server_sum import SyncRun
 from hpc.shared_step import SharedStep
 from hpc.smashed_cache import SmashedCache
+from hpc.stopping import paused_words
 from hpc.stopwatch import Stopwatch
+from hpc.topology import clients_of_trunk_rank
 from hpc.trunk import Trunk
 
 log = logging.getLogger("hpc")
@@ -61,8 +65,12 @@ class Server:
         folder: Path,
         start: int = 0,
         attempt: Attempt = UNNAMED,
+        admission: Admission | None = None,
+        stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`admission`: where lost clients may come back; `stop_asked`: whether the run is to end at the next step."""
         self.start, self.config, self.log = start, config, log
+        self._stop_asked = stop_asked
         self.train, self.channels, self.group = config.train, channels, group
         self.loss_scale = LossScale.for_dtype(config.model.dtype)
         self.served = Served(
@@ -74,7 +82,6 @@ class Server:
             log=log,
             described=trunk.part.needs_layout,
         )
-        share = config.trunk.smashed_cache_bytes // config.train.clients
         self.side = ServerSide(
             train=config.train,
             traits=Traits.of(config),
@@ -84,53 +91,36 @@ class Server:
             loss_scale=self.loss_scale,
             steps=total_steps(config.train),
             zero_BTD=torch.zeros(1, 1, hidden_size, dtype=dtype, device=trunk.device),
-            caches={
-                client: SmashedCache(limit_bytes=share, token_bytes=hidden_size * dtype.itemsize)
-                for client in channels
-                if config.caches_smashed
-            },
+            caches={},
             watch=Stopwatch(),
         )
         self.saver = Saver(config=config, folder=folder, role=f"trunk-{group.rank}", attempt=attempt, log=log)
-        self._eval_batches: dict[int, int] = {}
+        self.reception = Reception(self.side, admission, on_return=self._empty_cache)
+        for client in clients_of_trunk_rank(group.rank, config):
+            self._empty_cache(client)
+        if admission is not None:  # who has not come yet, may still
+            self.served.lost.update(set(clients_of_trunk_rank(group.rank, config)) - channels.keys())
 
     def open(self) -> None:
         """Wait for every client, learn how much data it has, pass the clients' public keys around."""
-        told = {client: self._ready(client) for client in self.channels}
-        self._eval_batches, samples, sizes = (
-            self.group.merge({client: row[place] for client, row in told.items()}, self.train.clients)
-            for place in range(3)
-        )
-        self.side.samples = [samples[client] for client in range(self.train.clients)]
-        if len(set(sizes.values())) > 1:
-            raise ProtocolError(f"the clients' parts have different numbers of values that learn: {sizes}")
-        self.side.part_values = sizes[0]
-        for channel in self.channels.values():
-            channel.send(Header(kind=Kind.READY), torch.tensor(self.side.samples))
-        if self.train.clients_meet:
-            self._pass_keys_around()
-
-    def _ready(self, client: int) -> list[int]:
-        told = self.served.inbox.recv(client, Kind.READY).payload
-        if told.shape != (3,) or told.dtype != torch.int64 or bool((told < 0).any()):
-            raise ProtocolError(f"client {client} sent READY of {tuple(told.shape)}, {told.dtype}; due: three numbers")
-        return [int(number) for number in told]
-
-    def _pass_keys_around(self) -> None:
-        for owner in range(self.train.clients):
-            mine = self.served.inbox.recv(owner, Kind.PEER_KEY).tensor if owner in self.channels else None
-            key = self.group.share(mine, owner=self.group.rank_of_client(owner))
-            for client, channel in self.channels.items():
-                if client != owner:
-                    channel.send(Header(kind=Kind.PEER_KEY), key)
+        self.reception.open(self.start)
+        self._check_enough_are_left()
 
     def run(
         self,
         after_step: Callable[[int], None] = lambda step: None,
         before_step: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """The whole run, in the order of the schedule. `open` comes first."""
+        """The whole run, in the order of the schedule. `open` comes first.
+
+        Raises `Paused`, with a checkpoint written, if it is asked to stop.
+        """
+        boundary = -1
         for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=self.start):
+            if instruction.step > boundary and not isinstance(instruction, (Sync, Save)):
+                boundary = instruction.step  # what the step begins with: nobody has done anything of it
+                self._pause_if_asked(boundary)
+                self.reception.admit(boundary)
             match instruction:
                 case TrainStep():
                     before_step(instruction.step)
@@ -182,8 +172,9 @@ class Server:
     def serve_evaluation(self, order: Evaluate) -> None:
         """Forward only, batch by batch, the clients' batches of one turn as one."""
         self.side.trunk.part.eval()
-        for turn in range(max(self._eval_batches.values(), default=0)):
-            mine = [c for c in self.served.present(self.channels) if turn < self._eval_batches[c]]
+        batches = self.reception.eval_batches
+        for turn in range(max(batches.values(), default=0)):
+            mine = [c for c in self.served.present(self.channels) if turn < batches.get(c, 0)]
             self.served.keep_waiting(mine)
             found = {c: self.served.recv(Recv(Kind.EVAL_SMASHED, Micro(c)), order.step) for c in mine}
             frames = {client: frame for client, frame in found.items() if frame is not None}
@@ -203,6 +194,7 @@ class Server:
             )
             decoding.serve(self.served.present(self.channels))
         self.side.trunk.part.train()
+        log.info("evaluation after step %d: served %d clients", order.step, len(self.served.present(self.channels)))
 
     def _infer(
         self, smashed_BTD: torch.Tensor, groups: Sequence[tuple[int, int]], layout_B2: torch.Tensor | None
@@ -249,17 +241,29 @@ class Server:
             if receiver in self.channels:
                 self.served.send(receiver, Header(kind=Kind.HANDOVER, step=order.step), sealed)
 
-    def save(self, step: int) -> None:
-        """Write the trunk's state; the checkpoint exists once every role has written its own.
+    def _pause_if_asked(self, step: int) -> None:
+        """End the run here, to be resumed: all ranks, if any of them was asked to."""
+        if not self.group.sum(self._stop_asked()):
+            return
+        for client in self.served.present(self.channels):
+            self.served.send(client, Header(kind=Kind.PAUSE, step=step))
+        done = self.save(step, dropping=True) if step else False
+        self.served.flush()
+        raise Paused(paused_words(step, checkpoint=done))
 
-        If a client is lost, or a role cannot write, there is no checkpoint at this step, and the run goes on.
+    def save(self, step: int, *, dropping: bool = False) -> bool:
+        """Write the trunk's state; the checkpoint exists once every role has written its own. Whether it does.
+
+        If a role cannot write, or a client is lost whose parts nobody else has, there is no checkpoint at this step,
+        and the run goes on. `dropping`: what clients have sent for the step that is not to be is dropped.
         """
         written = self._write(step)
         mine = self.served.present(self.channels)
-        heard = {c: self.served.recv(Recv(Kind.READY, Micro(c)), step, on_device=False) for c in mine}
+        heard = {c: self._hear_of_save(c, step, dropping=dropping) for c in mine}
         flags = {c: frame.header.flags & NOT_WRITTEN for c, frame in heard.items() if frame is not None}
+        lost = self.group.merge(dict.fromkeys(self.served.lost, 1), self.train.clients)
         why = obstacle(
-            lost=int(self.group.sum(len(self.served.lost))),
+            lost=0 if self.train.shares_state else sum(lost.values()),
             unwritten=self.group.merge(flags, self.train.clients),
             ranks=int(self.group.sum(not written and self.group.rank > 0)),
         )
@@ -267,16 +271,28 @@ class Server:
         if self.group.rank == 0:
             if why is not None:
                 self.saver.fail(step, why)
-            kept = to_payload(self.saver.commit(step) if written and why is None else []).view(torch.uint8)
+            clients = [client for client, gone in lost.items() if not gone]
+            kept = to_payload(self.saver.commit(step, clients) if written and why is None else []).view(torch.uint8)
         kept = self.group.share(kept, owner=0).view(torch.int64)
         self.saver.finish(step, from_payload(kept))
         for client in self.served.present(self.channels):
             self.served.send(client, Header(kind=Kind.READY, step=step), kept)
+        return bool(from_payload(kept))
+
+    def _hear_of_save(self, client: int, step: int, *, dropping: bool) -> Frame | None:
+        if dropping:
+            return self.served.skip_to(client, Kind.READY, step)
+        return self.served.recv(Recv(Kind.READY, Micro(client)), step, on_device=False)
+
+    def _empty_cache(self, client: int) -> None:
+        """Both ends begin with nothing: the other end's book is as old as the client's process."""
+        if self.config.caches_smashed:
+            share = self.config.trunk.smashed_cache_bytes // self.train.clients
+            token_bytes = self.side.zero_BTD.shape[-1] * self.side.zero_BTD.element_size()
+            self.side.caches[client] = SmashedCache(limit_bytes=share, token_bytes=token_bytes)
 
     def _write(self, step: int) -> bool:
-        """Whether what this rank has to write is written. Collective."""
-        if self.group.sum(len(self.served.lost)):
-            return True
+        """Whether what this rank has to write is written."""
         state, replicas = self.side.trunk.state(), self.train.schedule == "replica"
         if self.group.rank > 0 and not replicas:
             return True

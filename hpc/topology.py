@@ -12,6 +12,7 @@ from typing import Literal
 
 from hpc.config import Config
 from hpc.errors import TopologyError
+from hpc.hostlist import first_host
 
 Launcher = Literal["env", "mpi", "slurm", "none"]
 DEFAULT_PORT = 29477
@@ -46,50 +47,85 @@ class Place:
 def read_world(environ: Mapping[str, str]) -> World:
     """The launcher's variables: torchrun's (or our own), then MPI's, then Slurm's; none means one process.
 
-    Raises `TopologyError` for a variable that is not a number.
+    Raises `TopologyError` for a variable that is missing beside others, or that is no number, port or host name.
     """
+    if "RANK" in environ and "WORLD_SIZE" not in environ:
+        raise TopologyError("RANK is set and WORLD_SIZE is not; set both (torchrun does), or neither")
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return World(
             launcher="env",
             global_rank=_number(environ, "RANK"),
             world_size=_number(environ, "WORLD_SIZE"),
             local_rank=_number(environ, "LOCAL_RANK", 0),
-            master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=_number(environ, "MASTER_PORT", DEFAULT_PORT),
+            master_addr=_address(environ, "127.0.0.1"),
+            master_port=_port(environ, DEFAULT_PORT),
             agent_hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
-    for rank_name, size_name, local in (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ):
+    mpi = [("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")]
+    if not _is_slurm_task(environ):
+        mpi += [("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")]
+    for rank_name, size_name, local in mpi:
         if rank_name in environ and size_name in environ:
             rank, size = _number(environ, rank_name), _number(environ, size_name)
             return _meeting_later(environ, "mpi", rank, size, local)
-    if "SLURM_PROCID" in environ and "SLURM_NTASKS" in environ:
-        rank, size = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NTASKS")
+    if _is_slurm_task(environ):
+        rank = _number(environ, "PMIX_RANK" if "PMIX_RANK" in environ else "SLURM_PROCID")
+        size = _number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
         return _meeting_later(environ, "slurm", rank, size, "SLURM_LOCALID")
     return World(
         launcher="none",
         global_rank=0,
         world_size=1,
         local_rank=0,
-        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_number(environ, "MASTER_PORT", DEFAULT_PORT),
+        master_addr=_address(environ, "127.0.0.1"),
+        master_port=_port(environ, DEFAULT_PORT),
     )
+
+
+def _is_slurm_task(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process, with PMI, PMIx or without.
+
+    A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS too, but it is no step. A process that MPICH's mpirun
+    started through srun has a local rank from it, and srun's own PMI gives none.
+    """
+    return "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and "MPI_LOCALRANKID" not in environ
 
 
 def _meeting_later(environ: Mapping[str, str], launcher: Launcher, rank: int, size: int, local: str) -> World:
     """MPI and Slurm name no meeting point: Slurm's first host and a port made from the job's number."""
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    port = DEFAULT_PORT + _number(environ, "SLURM_JOB_ID", 0) % 10_000
+    port = port_of_job(_number(environ, "SLURM_JOB_ID", 0))
     return World(
         launcher=launcher,
         global_rank=rank,
         world_size=size,
         local_rank=_number(environ, local, 0),
-        master_addr=environ.get("MASTER_ADDR", first_host(nodes)),
-        master_port=_number(environ, "MASTER_PORT", port),
+        master_addr=_address(environ, first_host(nodes)),
+        master_port=_port(environ, port),
     )
+
+
+def _address(environ: Mapping[str, str], default: str) -> str:
+    """`MASTER_ADDR`. Nobody's resolver finds what is no host name, however long one waits."""
+    address = environ.get("MASTER_ADDR") or default
+    if re.fullmatch(r"[\w.-]+|[0-9A-Fa-f:.]*::?[0-9A-Fa-f:.%\w]+", address, re.ASCII) is None:
+        raise TopologyError(
+            f"MASTER_ADDR is {address!r}; it must be one host's name or address, in ASCII letters, and its port goes "
+            "into MASTER_PORT"
+        )
+    return address
+
+
+def _port(environ: Mapping[str, str], default: int) -> int:
+    port = _number(environ, "MASTER_PORT", default)
+    if not 0 < port < 65536:
+        raise TopologyError(f"MASTER_PORT is {port}; it must be 1 to 65535")
+    return port
+
+
+def port_of_job(job_id: int) -> int:
+    """Where the roles of a Slurm job meet: jobs that share a host get ports of their own."""
+    return DEFAULT_PORT + job_id % 10_000
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -102,17 +138,11 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
         raise TopologyError(f"{name} is {text!r}; the launcher must set it to a number") from None
 
 
-def first_host(nodelist: str) -> str:
-    """First host of a Slurm node list: `gpu[03-05,9],login` → `gpu03`."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\](\S*?)(?:,|$))?", nodelist)
-    if match is None:
-        return nodelist
-    return match[1] + (match[2] or "") + (match[3] or "")
-
-
 def place(world: World, config: Config) -> Place:
     """The role of this process. Raises `TopologyError` if the world does not fit the configuration."""
     check_world(world.world_size, config)
+    if not 0 <= world.global_rank < world.world_size:
+        raise TopologyError(f"rank {world.global_rank} of {world.world_size} processes; ranks count from 0")
     if config.train.schedule == "centralised":
         return Place(role="centralised", index=0, world=world)
     if world.global_rank < config.trunk.ranks:

@@ -203,6 +203,11 @@ class TrainConfig:
         return self.resolved_aggregation == "fedavg" or self.schedule == "replica"
 
     @property
+    def shares_state(self) -> bool:
+        """Whether all clients' parts are alike after each round, so that one can give them to another."""
+        return self.resolved_aggregation in ("gradient", "fedavg") and self.schedule != "centralised"
+
+    @property
     def reads_ahead(self) -> bool:
         """Whether the trunk reads its links while it does something else: to take what comes first, not to wait for one
         client while others fall silent, or because clients that are not in a step may send what the next one needs.

@@ -5,7 +5,7 @@ Shape suffixes: B rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,6 +18,15 @@ from hpc.link.stats import LinkStats
 from hpc.ragged import pack
 
 _TRUNK = 0  # the inbox's name for its only peer
+_BETWEEN = (Kind.PAUSE, Kind.WELCOME)  # what the trunk may say whenever this client listens
+
+
+class PauseAsked(Exception):
+    """The trunk ends the run after `step` steps; whatever this client has begun of the next is void."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 class TrunkLink:
@@ -30,14 +39,16 @@ class TrunkLink:
         # A channel's own deadline is what it waits for its peer (hpc.link.channel).
         self._inbox = ReadingInbox(links, timeout_s=channel.timeout_s) if reads_ahead else Inbox(links)
         self._aside: dict[tuple[Kind, int], Frame] = {}
+        self.on_welcome: Callable[[Frame, Frame], None] = lambda told, key: None
+        """Called when another client has come: who (WELCOME), and its signed key (PEER_KEY)."""
 
     def recv(self, kind: Kind, step: int, *, micro: int = 0, on_device: bool = True) -> Frame:
         """This frame of this step. Others of the step that come before it are put aside until they are asked for.
 
-        Raises ProtocolError for a frame of another step, or one that nobody will ask for, PeerLost, and so on.
+        Raises PauseAsked, ProtocolError for a frame of another step, or one that nobody will ask for, PeerLost, ...
         """
         while (kind, micro) not in self._aside:
-            frame = self._inbox.recv(_TRUNK, device=self._device if on_device else None)
+            frame = self._listen(device=self._device if on_device else None)
             header = frame.header
             if header.step != step:
                 raise ProtocolError(f"the trunk sent {header.kind.name} of step {header.step}, not {step}")
@@ -49,9 +60,20 @@ class TrunkLink:
             self._aside[header.kind, header.micro] = frame
         return self._aside.pop((kind, micro))
 
-    def recv_next(self, *kinds: Kind) -> Frame:
-        """The next frame, between steps."""
-        return self._inbox.recv(_TRUNK, *kinds)
+    def recv_next(self, *kinds: Kind, patience_s: float | None = None) -> Frame:
+        """The next frame, between steps, which may take `patience_s` instead of the usual. Raises PauseAsked."""
+        return self._listen(*kinds, patience_s=patience_s)
+
+    def _listen(self, *kinds: Kind, device: torch.device | None = None, patience_s: float | None = None) -> Frame:
+        """The next frame that belongs to the work; what the trunk says in between is dealt with."""
+        while True:
+            due = kinds + _BETWEEN if kinds else ()
+            frame = self._inbox.recv(_TRUNK, *due, device=device, patience_s=patience_s)
+            if frame.header.kind is Kind.PAUSE:
+                raise PauseAsked(frame.header.step)
+            if frame.header.kind is not Kind.WELCOME:
+                return frame
+            self.on_welcome(frame, self._inbox.recv(_TRUNK, Kind.PEER_KEY))
 
     def send(self, header: Header, tensor: torch.Tensor | None = None) -> None:
         self.channel.send(header, tensor)

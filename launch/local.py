@@ -58,4 +58,4 @@ def make_missing_keys(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, ending="run ended")

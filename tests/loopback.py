@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from hpc.admission import Admission
 from hpc.aggregate import TrunkGroup
 from hpc.build_trunk import build_trunk
 from hpc.centralised import Centralised
+from hpc.checkpoint import UNNAMED, Attempt
 from hpc.client import Client
 from hpc.config import Config
 from hpc.data.dataset import load_client_data
+from hpc.errors import Paused
 from hpc.link.channel import Channel
 from hpc.link.cipher import make_cipher
+from hpc.link.peers import PeerKeys
 from hpc.link.transport import loopback_pair
 from hpc.model.build import ModelBuilder
 from hpc.model.pretrained import load_tokenizer
@@ -77,17 +84,27 @@ def run_split(
     prepare: Callable[[Client], None] = lambda client: None,
     dying: frozenset[int] = frozenset(),
     timeout_s: float = 60,
+    attempt: Attempt = UNNAMED,
+    newcomers: frozenset[int] = frozenset(),
+    returning: int = 0,
+    make_peers: Callable[[int], PeerKeys] | None = None,
+    stop_asked: Callable[[], bool] = lambda: False,
+    waits_for_return: int = -1,
 ) -> Outcome:
     """Train as `config` says, every role a thread; raises what the first failing role raised.
 
-    `prepare` is called with each client before it opens; clients in `dying` may fail.
+    `prepare` is called with each client before it opens; clients in `dying` may fail, and start again, so many times in
+    all as `returning` says: the trunk takes in the first at boundary `waits_for_return`. `newcomers` have nothing in
+    the checkpoint that the others resume from.
     """
     one_rank_group()
+    epochs = dict.fromkeys(range(config.train.clients), 1)  # how often each has started
     pairs = [channel_pair(config.link.encryption, wrap, timeout_s) for _ in range(config.train.clients)]
+    again: dict[tuple[int, int], tuple[Channel, Channel]] = {}
     failures: list[BaseException] = []
     clients: dict[int, Client] = {}
 
-    def client(client_id: int) -> None:
+    def client(client_id: int, channel: Channel, *, needs_state: bool) -> None:
         builder = ModelBuilder.of(config)
         head, tail = builder.client_parts()
         clients[client_id] = Client(
@@ -96,8 +113,11 @@ def run_split(
             head=head,
             tail=tail,
             data=load_client_data(config, client_id, load_tokenizer(builder.resolver)),
-            channel=pairs[client_id][0],
-            peers=peers[client_id] if peers else None,
+            channel=channel,
+            peers=(peers or {}).get(client_id) if config.train.clients_meet else None,
+            make_peers=None if make_peers is None else lambda: make_peers(client_id),
+            needs_state=needs_state,
+            attempt=attempt,
             log=EventLog(role_path(folder, f"client-{client_id}")),
             device=torch.device("cpu"),
             folder=folder,
@@ -118,22 +138,60 @@ def run_split(
 
     builder = ModelBuilder.of(config)
     device = torch.device("cpu")
-    trunk, _ = build_trunk(builder.part("trunk"), config, rank=0, device=device, folder=folder, start=start)
+    trunk, _ = build_trunk(
+        builder.part("trunk"), config, rank=0, device=device, folder=folder, start=start, attempt=attempt
+    )
+    servers: list[Server] = []
+    admission = None
+    if returning:
+        admission = Admission(
+            range(config.train.clients),
+            starts=lambda k: epochs[k],
+            connect=lambda k, epoch: again[k, epoch][1] if epoch else pairs[k][1],
+            is_here=lambda k: bool(servers) and servers[0].served.is_here(k),
+            refused=lambda k, why: failures.append(AssertionError(f"client {k} was refused: {why}")),
+            timeout_s=timeout_s,
+        )
+    channels = dict(enumerate(pair[1] for pair in pairs)) if admission is None else admission.first(least=1)
     server = Server(
         config=config,
         trunk=trunk,
-        channels={client_id: pair[1] for client_id, pair in enumerate(pairs)},
+        channels=channels,
         group=TrunkGroup(0, 1, 60),
         hidden_size=builder.hidden_size,
         dtype=builder.dtype,
         log=EventLog(role_path(folder, "trunk-0")),
         folder=folder,
         start=start,
+        attempt=attempt,
+        admission=admission,
+        stop_asked=stop_asked,
     )
-    threads = [
-        threading.Thread(target=guarded, args=(lambda k=k: client(k), [pairs[k][0]], k in dying), daemon=True)
-        for k in range(config.train.clients)
-    ]
+    servers.append(server)
+    if admission is not None and waits_for_return >= 0:
+        take_in, boundary = server.reception.admit, itertools.count()
+
+        def admit(step: int) -> None:
+            number, deadline = next(boundary), time.monotonic() + timeout_s
+            while number == waits_for_return and not admission.arrived() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            if number >= waits_for_return:
+                take_in(step)
+
+        server.reception.admit = admit  # type: ignore[method-assign]
+
+    def live(k: int) -> None:
+        """All that client k does, its returns included."""
+        channel, needs_state = pairs[k][0], k in newcomers
+        while True:
+            guarded(partial(client, k, channel, needs_state=needs_state), [channel], k in dying)
+            if k not in dying or epochs[k] > returning:
+                return
+            again[k, epochs[k]] = channel_pair(config.link.encryption, wrap, timeout_s)
+            channel, needs_state = again[k, epochs[k]][0], True
+            epochs[k] += 1
+
+    threads = [threading.Thread(target=live, args=(k,), daemon=True) for k in range(config.train.clients)]
     for thread in threads:
         thread.start()
 
@@ -142,10 +200,15 @@ def run_split(
         server.run()
 
     guarded(serve, [pair[1] for pair in pairs])
+    if admission is not None:
+        admission.close()
     for client_id, thread in enumerate(threads):
-        if client_id not in dying:
+        if client_id not in dying or returning:
             thread.join(60)
             assert not thread.is_alive(), "a client hangs"
+    if failures and all(isinstance(failure, Paused) for failure in failures):
+        assert len(failures) == 1 + config.train.clients - len(dying), "everybody pauses"
+        raise failures[0]
     if failures:  # as the launcher does: the trunk's own words before a client's echo of them
         raise next((failure for failure in failures if "the trunk names whose" not in str(failure)), failures[0])
     trained = trunk_values(trunk)

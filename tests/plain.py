@@ -6,7 +6,7 @@ scheduler and AdamW. From the project it takes the batches and the starting valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -81,10 +81,13 @@ def plain_losses(config: Config, batches_of_step: Sequence[Sequence[int]]) -> li
     return plain_run(config, batches_of_step)[0]
 
 
-def plain_run(config: Config, batches_of_step: Sequence[Sequence[int]]) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_run(
+    config: Config, batches_of_step: Sequence[Sequence[int]], absent: Mapping[int, Set[int]] | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train one model; returns the loss of each step and the trained values by the project's names.
 
-    `batches_of_step[s]` lists the clients whose next batches make up step `s`, as one mean over tokens.
+    `batches_of_step[s]` lists the clients whose next batches make up step `s`, as one mean over tokens. The batches of
+    those in `absent[s]` are passed over.
     """
     builder = ModelBuilder.of(config)
     tokenizer = load_tokenizer(builder.resolver)
@@ -109,7 +112,8 @@ def plain_run(config: Config, batches_of_step: Sequence[Sequence[int]]) -> tuple
     for clients in batches_of_step:
         batches = []
         for client in clients:
-            batches.append(data[client].train_batch(used[client]))
+            if client not in (absent or {}).get(len(losses), set()):
+                batches.append(data[client].train_batch(used[client]))
             used[client] += 1
         tokens = sum(batch.label_tokens for batch in batches)
         optimiser.zero_grad()

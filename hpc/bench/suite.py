@@ -17,7 +17,11 @@ Measured = dict[str, Any]
 Figures = dict[str, Any]
 Raw = Mapping[str, Any]
 
-SUITES = {"schedules": "hpc.bench.schedules", "generation": "hpc.bench.generation"}
+SUITES = {
+    "schedules": "hpc.bench.schedules",
+    "generation": "hpc.bench.generation",
+    "scale": "hpc.bench.scale",
+}
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -61,6 +61,8 @@ def open_channel(transport: Transport, *, link: LinkConfig, session: Session) ->
             session.peer_name,
         )
         ciphers = [PlainCipher(), PlainCipher()]
+    sealed = "PLAINTEXT" if link.encryption == "off" else f"{link.encryption} by {link.cipher_library}"
+    _log.info("linked to %s over %s, %s", session.peer_name, transport.name, sealed)
     return Channel(
         transport,
         send_cipher=ciphers[0],

@@ -128,8 +128,8 @@ def make(keys_dir: str | Path, name: str) -> Identity:
     for each in (path, public):
         if each.exists():
             raise IdentityError(f"{each} exists and stays as it is; move it away to make {name} anew")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    public.parent.mkdir(mode=0o700, exist_ok=True)
+    _make_folder(folder)
+    _make_folder(public.parent)
     private = rsa.generate_private_key(65537, RSA_BITS)  # OpenSSL's: some times faster than PyCryptodome's
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     _create(path, pem, 0o600)
@@ -144,7 +144,7 @@ def ensure_local(keys_dir: str | Path, clients: int) -> list[str]:
     A name with a key, an authorised or a revoked file is left alone, so a revoked client stays revoked.
     """
     folder, made = Path(keys_dir), []
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_folder(folder)
     with _locked(folder):
         for name in (SERVER, *map(client_name, range(clients))):
             places = (f"{name}.key", f"{name}.pem", f"authorized_clients/{name}.pem")
@@ -166,7 +166,7 @@ def authorise(keys_dir: str | Path, file: str | Path) -> str:
         raise IdentityError(f"{file}: clients are authorised, the server is pinned by its server.pem")
     if fingerprint(key) in Authorised.load(folder).revoked:
         raise IdentityError(f"{file}: the key {short(fingerprint(key))} is revoked; make a new one")
-    (folder / "authorized_clients").mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_folder(folder / "authorized_clients")
     _create(folder / "authorized_clients" / f"{name}.pem", key.export_key() + b"\n", 0o644)
     return fingerprint(key)
 
@@ -212,6 +212,13 @@ def _import(path: Path, data: bytes) -> RSA.RsaKey:
     return key
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise IdentityError(f"{folder} cannot be made ({error.strerror}); choose another --link.keys_dir") from None
+
+
 def _create(path: Path, data: bytes, mode: int) -> None:
     """Write a new file that nobody sees half-written, with `mode` from its first moment. Raises IdentityError."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -231,8 +238,12 @@ def _create(path: Path, data: bytes, mode: int) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks."""
-    with (folder / ".lock").open("w") as file:
+    """One process at a time, where the file system has locks. Raises IdentityError if it cannot be written."""
+    try:
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise IdentityError(f"{folder} cannot be written ({error.strerror}); choose another --link.keys_dir") from None
+    with file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -6,6 +6,7 @@ while the caller computes, so it can say which came first.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -30,9 +31,26 @@ class Inbox:
     def __init__(self, channels: Mapping[int, Channel]) -> None:
         self.channels = channels
 
-    def recv(self, peer: int, *kinds: Kind, device: torch.device | None = None) -> Frame:
-        """The peer's next frame. Raises as `Channel.recv` does."""
-        return self.channels[peer].recv(*kinds, device=device)
+    def recv(
+        self, peer: int, *kinds: Kind, device: torch.device | None = None, patience_s: float | None = None
+    ) -> Frame:
+        """The peer's next frame, which may take `patience_s` instead of the usual. Raises as `Channel.recv` does."""
+        return self.channels[peer].recv(*kinds, device=device, patience_s=patience_s)
+
+    def recv_out_of_turn(self, peer: int, kind: Kind) -> Frame:
+        """The peer's first frame of this kind; frames that came before it keep their place. Here: none may have."""
+        return self.recv(peer, kind)
+
+    def skip_to(self, peer: int, kind: Kind, step: int) -> Frame:
+        """The peer's first frame of this kind and step; what came before it is dropped."""
+        while True:
+            frame = self.recv(peer)
+            if (frame.header.kind, frame.header.step) == (kind, step):
+                return frame
+
+    def replace(self, peer: int, channel: Channel) -> None:
+        """From now on the peer is at the other end of this channel."""
+        raise NotImplementedError("only where links are read in threads may a peer come back")
 
     def expect_anew(self, peer: int) -> None:
         """What this peer does next, it does upon what is sent to it now: its time begins anew."""
@@ -63,15 +81,38 @@ class ReadingInbox(Inbox):
         self._asked: dict[int, float] = {}  # since when a peer is waited for
         self._waited_s, self.taken_from = 0.0, -1
         for peer, channel in channels.items():
-            channel.read_elsewhere()
-            threading.Thread(target=self._read, args=(peer, channel), name=f"read-{peer}", daemon=True).start()
+            self._start_reading(peer, channel)
+
+    def _start_reading(self, peer: int, channel: Channel) -> None:
+        channel.read_elsewhere()
+        threading.Thread(target=self._read, args=(peer, channel), name=f"read-{peer}", daemon=True).start()
 
     @property
     def waited_s(self) -> float:
         return self._waited_s
 
-    def recv(self, peer: int, *kinds: Kind, device: torch.device | None = None) -> Frame:
-        return _checked(self._take((peer,), wait=True), peer, kinds, self.channels[peer], device)
+    def replace(self, peer: int, channel: Channel) -> None:
+        with self._changed:
+            self._frames[peer] = deque()
+            self._arrivals = deque(each for each in self._arrivals if each != peer)
+            self._broken.pop(peer, None)
+            self._asked.pop(peer, None)
+            self._changed.notify_all()
+        self._start_reading(peer, channel)
+
+    def recv(
+        self, peer: int, *kinds: Kind, device: torch.device | None = None, patience_s: float | None = None
+    ) -> Frame:
+        frame = self._take((peer,), wait=True, patience_s=patience_s)
+        return _checked(frame, peer, kinds, self.channels[peer], device)
+
+    def recv_out_of_turn(self, peer: int, kind: Kind) -> Frame:
+        return _checked(self._take((peer,), wait=True, kind=kind), peer, (kind,), self.channels[peer], None)
+
+    def is_broken(self, peer: int) -> bool:
+        """Whether the peer's link has ended, whoever noticed it or not."""
+        with self._changed:
+            return peer in self._broken
 
     def recv_any(
         self, peers: Mapping[int, tuple[Kind, ...]], *, wait: bool, device: torch.device | None = None
@@ -90,12 +131,14 @@ class ReadingInbox(Inbox):
     def expect_anew(self, peer: int) -> None:
         self._asked.pop(peer, None)
 
-    def _take(self, peers: Sequence[int], *, wait: bool) -> Frame | None:
+    def _take(
+        self, peers: Sequence[int], *, wait: bool, kind: Kind | None = None, patience_s: float | None = None
+    ) -> Frame | None:
         start = told = time.perf_counter()
         try:
             while True:
                 with self._changed:
-                    frame = self._next_of(peers, wait=wait)
+                    frame = self._next_of(peers, wait=wait, kind=kind, patience_s=patience_s or self._timeout_s)
                     if frame is not None or not wait:
                         return frame
                     self._changed.wait(min(_LOOK_S, self._timeout_s / 10))
@@ -105,33 +148,37 @@ class ReadingInbox(Inbox):
         finally:
             self._waited_s += time.perf_counter() - start
 
-    def _next_of(self, peers: Sequence[int], *, wait: bool) -> Frame | None:
+    def _next_of(self, peers: Sequence[int], *, wait: bool, kind: Kind | None, patience_s: float) -> Frame | None:
         """Raises what broke a peer's link once its frames are used up, or PeerLost at its deadline."""
-        peer = next((peer for peer in self._arrivals if peer in peers), None)
-        if peer is not None:
-            return self._hand_out(peer)
+        for arrival, peer in enumerate(self._arrivals):
+            if peer in peers:
+                place = sum(each == peer for each in itertools.islice(self._arrivals, arrival))
+                if kind is None or self._frames[peer][place].header.kind is kind:
+                    return self._hand_out(peer, arrival, place)
         if wait:
-            self._check_deadlines(peers)
+            self._check_deadlines(peers, patience_s)
         for peer in peers:
             if peer in self._broken:
                 self.taken_from = peer
                 raise self._broken[peer]
         return None
 
-    def _hand_out(self, peer: int) -> Frame:
-        self._arrivals.remove(peer)
+    def _hand_out(self, peer: int, arrival: int, place: int) -> Frame:
+        """The frame that came as number `arrival` of all, `place` of its peer's."""
+        del self._arrivals[arrival]
         self._asked.pop(peer, None)
         self.taken_from = peer
-        frame = self._frames[peer].popleft()
+        frame = self._frames[peer][place]
+        del self._frames[peer][place]
         self._changed.notify_all()
         return frame
 
-    def _check_deadlines(self, peers: Sequence[int]) -> None:
+    def _check_deadlines(self, peers: Sequence[int], patience_s: float) -> None:
         now = time.monotonic()
         for peer in peers:
             channel = self.channels[peer]
             silent = now - max(self._asked.setdefault(peer, now), channel.heard)
-            if silent > self._timeout_s:
+            if silent > patience_s:
                 self._broken.setdefault(peer, lost(channel.peer, "its next frame", silent, "silent"))
 
     def _read(self, peer: int, channel: Channel) -> None:
@@ -139,7 +186,9 @@ class ReadingInbox(Inbox):
             while True:
                 frame = channel.recv(patience_s=_FOR_EVER_S)
                 with self._changed:
-                    self._changed.wait_for(lambda: len(self._frames[peer]) < _AHEAD)
+                    self._changed.wait_for(lambda: len(self._frames[peer]) < _AHEAD or not self._reads(peer, channel))
+                    if not self._reads(peer, channel):
+                        return
                     self._frames[peer].append(frame)
                     self._arrivals.append(peer)
                     self._changed.notify_all()
@@ -150,8 +199,13 @@ class ReadingInbox(Inbox):
         except Exception as error:  # a thread's traceback would go unseen
             broken = LinkError(f"{channel.peer}: {type(error).__name__}: {error}")
         with self._changed:
-            self._broken.setdefault(peer, broken)
+            if self._reads(peer, channel):
+                self._broken.setdefault(peer, broken)
             self._changed.notify_all()
+
+    def _reads(self, peer: int, channel: Channel) -> bool:
+        """Whether the peer is still at the other end of this channel (`replace`)."""
+        return self.channels[peer] is channel
 
 
 def _checked(

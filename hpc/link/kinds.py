@@ -38,3 +38,5 @@ class Kind(IntEnum):
     FORGET = 28  # the rows are finished
     ENOUGH = 29  # this client generates nothing more for now
     TRUNK_ADAPTER = 30  # at the end of a run: the names, then tensor by tensor
+    PAUSE = 31  # the run was asked to stop: write a checkpoint after `step` steps, and end
+    WELCOME = 32  # a client comes back: every client's number of examples; micro is who, its key follows

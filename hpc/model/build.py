@@ -78,11 +78,16 @@ class ModelBuilder:
     def client_parts(self, *, adapted: bool = True) -> tuple[Part, Part]:
         """Head and tail. A tied embedding and LM head are one tensor, trained or not: both are on this client."""
         head, tail = self.part("head", adapted=adapted), self.part("tail", adapted=adapted)
-        if head.tied:
-            shared = head.model.get_input_embeddings().weight
-            shared.requires_grad_(shared.requires_grad or tail.model.get_output_embeddings().weight.requires_grad)
-            tail.model.get_output_embeddings().weight = shared
+        tie(head, tail)
         return head, tail
+
+
+def tie(head: Part, tail: Part) -> None:
+    """Make the embedding of a head and the LM head of a tail one tensor, if the model ties them."""
+    if head.tied:
+        shared = head.model.get_input_embeddings().weight
+        shared.requires_grad_(shared.requires_grad or tail.model.get_output_embeddings().weight.requires_grad)
+        tail.model.get_output_embeddings().weight = shared
 
 
 def count_parameters(part: torch.nn.Module) -> dict[str, int]:

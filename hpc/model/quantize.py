@@ -46,6 +46,12 @@ def quantize_part(part: Part, kind: Literal["none", "int8", "nf4"], cut: Cut) ->
     part.model.is_loaded_in_8bit, part.model.is_loaded_in_4bit = kind == "int8", kind == "nf4"
 
 
+def quantizable_weights(part: Part) -> int:
+    """Weights of the linear layers of the part's blocks."""
+    linear = [cast(nn.Linear, m) for block in part.blocks for m in block.modules() if _is_linear(m)]
+    return sum(module.weight.numel() for module in linear)
+
+
 def _is_linear(module: nn.Module) -> bool:
     return type(module).__name__ in LINEAR and isinstance(module, nn.Linear)
 

@@ -36,14 +36,29 @@ def build_part(config: Any, spec: PartSpec, source: WeightSource, *, dtype: torc
     model = skeleton(config)
     anatomy = studied(model, config)
     converted = ConvertedSource(source, model)
-    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
-    _slice_blocks(model, anatomy, spec)
-    _drop_foreign(model, anatomy, spec)
+    ties = _cut_out(model, anatomy, spec)
     _load(model, spec, converted, anatomy.block_prefix, dtype, ties=ties)
     model.requires_grad_(False)
     part = Part(model=model, anatomy=anatomy, spec=spec, tied=bool(ties))
     part.check_entry()
     return part
+
+
+def empty_part(config: Any, spec: PartSpec) -> Part:
+    """The part with its tensors on the meta device: shapes without values, and nothing is read."""
+    model = skeleton(config)
+    anatomy = studied(model, config)
+    ties = _cut_out(model, anatomy, spec)
+    model.requires_grad_(False)
+    return Part(model=model, anatomy=anatomy, spec=spec, tied=bool(ties))
+
+
+def _cut_out(model: Any, anatomy: Anatomy, spec: PartSpec) -> dict[str, str]:
+    """Leave the part's modules only. Gives the ties of the whole model: name → the tensor that it is."""
+    ties: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    _slice_blocks(model, anatomy, spec)
+    _drop_foreign(model, anatomy, spec)
+    return ties
 
 
 _STUDIED: dict[str, Anatomy] = {}

@@ -164,7 +164,8 @@ class EventLog:
         """An event without a class of its own. The report knows these, from trunk ranks:
 
         `nonfinite` (step, client_id or -1, what): "activations", "loss" or "gradient" for which a step was left out;
-        `client_lost` (step, client_id, why); `early_stop` (step): the run's last;
+        `client_lost` (step, client_id, why); `client_returned` (step, client_id): it takes part from that step on;
+        `client_refused` (client_id, why): who came under this name was not let in; `early_stop` (step): the run's last;
         `average` (step, seconds): parameters were averaged after `step`;
         `checkpoint_failed` (step, why): from any role, there is no checkpoint after `step`.
         """
@@ -263,5 +264,6 @@ def role_order(role: str) -> tuple[int, str, int]:
 
 def role_files(folder: str | Path) -> dict[str, Path]:
     """Role → its event file, for the roles whose files are in `folder`, in reporting order."""
-    found = {path.parent.name: path for path in (Path(folder) / "roles").glob(f"*/{FILE_NAME}")}
+    paths = (Path(folder) / "roles").glob(f"*/{FILE_NAME}")
+    found = {path.parent.name: path for path in paths if path.is_file()}
     return {role: found[role] for role in sorted(found, key=role_order)}

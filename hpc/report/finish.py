@@ -54,12 +54,16 @@ def _has_ended(events: Sequence[Event]) -> bool:
 
 
 def _lost(events: Mapping[str, Sequence[Event]]) -> set[str]:
-    """Clients that were lost since their trunk rank began, and so may have no last word."""
+    """Clients that were lost since their trunk rank began, for good, and so may have no last word."""
     lost: set[str] = set()
     for found in events.values():
         begins = [number for number, event in enumerate(found) if event["event"] == "started"]
         newest = found[begins[-1] if begins else 0 :]
-        lost |= {f"client-{event['client_id']}" for event in newest if event["event"] == "client_lost"}
+        for event in newest:
+            if event["event"] == "client_lost":
+                lost.add(f"client-{event['client_id']}")
+            elif event["event"] == "client_returned":
+                lost.discard(f"client-{event['client_id']}")
     return lost
 
 

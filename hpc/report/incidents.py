@@ -11,7 +11,9 @@ NOBODY = -1  # the trunk's own gradient was not finite, or one that cannot be tr
 
 
 def incident_figures(events: EventsByRole) -> dict[str, Any]:
-    """`skipped_steps`, `nonfinite`, `lost_clients`, `failed_checkpoints`, `stopped_early_at` and `averages`."""
+    """`skipped_steps`, `nonfinite`, `lost_clients`, `returned_clients`, `refused_clients`, `failed_checkpoints`,
+    `stopped_early_at` and `averages`.
+    """
     nonfinite = _notes(events, "nonfinite", "step", "client_id", "what")
     for note in nonfinite:
         note["client_id"] = None if note["client_id"] == NOBODY else note["client_id"]
@@ -24,6 +26,8 @@ def incident_figures(events: EventsByRole) -> dict[str, Any]:
         "skipped_steps": len(skipped | {note["step"] for note in nonfinite}),
         "nonfinite": nonfinite,
         "lost_clients": _notes(events, "client_lost", "step", "client_id", "why"),
+        "returned_clients": _notes(events, "client_returned", "step", "client_id"),
+        "refused_clients": _notes(events, "client_refused", "client_id", "why"),
         "failed_checkpoints": _failed_checkpoints(events),
         "stopped_early_at": stops[-1]["step"] if stops else None,
         "averages": {"count": len(averages), "seconds": or_none(statistics.fmean, averages)},
@@ -41,4 +45,4 @@ def _failed_checkpoints(events: EventsByRole) -> list[dict[str, Any]]:
 def _notes(events: EventsByRole, name: str, *keys: str) -> list[dict[str, Any]]:
     """The notes called `name`, by step; what several trunk ranks say alike counts once."""
     said = dict.fromkeys(tuple(event.get(key) for key in keys) for event in events_named(events, name))
-    return sorted((dict(zip(keys, values, strict=True)) for values in said), key=lambda note: note["step"])
+    return sorted((dict(zip(keys, values, strict=True)) for values in said), key=lambda note: note.get("step", 0))

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -32,12 +33,13 @@ class Progress:
         clients_per_step: int,
         stream: TextIO | None = None,
         terminal: bool | None = None,
+        form: Callable[[str], str] = str,
     ) -> None:
         """`clients_per_step`: how many clients have a loss in a step, e.g. 1 in `serial`. `stream`: stderr by default.
 
-        `terminal`: whether the stream can redraw a line; by default the stream is asked.
+        `terminal`: whether the stream can redraw a line; by default the stream is asked. `form`: of a plain line.
         """
-        self._folder = Path(folder)
+        self._folder, self._form = Path(folder), form
         self._total = total_steps
         self._clients = clients_per_step
         self._stream = stream or sys.stderr
@@ -80,6 +82,8 @@ class Progress:
             self._begin(event["step"])
         if event["event"] == "client_lost":
             self._lost.add(event["client_id"])
+        if event["event"] == "client_returned":
+            self._lost.discard(event["client_id"])
         if event["event"] == "early_stop":
             self._stopped_early = True
         if event["event"] != "step":
@@ -139,5 +143,5 @@ class Progress:
         return silence >= QUIET_SECONDS and (enough or self._said_step == 0)
 
     def _say(self) -> None:
-        print(f"step {self._step}/{self._total}: {self._figures()}", file=self._stream, flush=True)
+        print(self._form(f"step {self._step}/{self._total}: {self._figures()}"), file=self._stream, flush=True)
         self._said_step, self._said_at = self._step, time.monotonic()

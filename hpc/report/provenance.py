@@ -53,6 +53,9 @@ def peak_rss_mib() -> float:
     """Peak resident memory of this process (MiB).
 
     VmHWM, because getrusage's figure survives exec: a role started by a large launcher would report the launcher's.
+    Of a forked role (`hpc.nursery`) it counts the pages that it shares with its siblings, but not those of libraries'
+    files that only their import touched, some 60 MiB: with HPC_NURSERY=0 it is what the role takes on a machine of its
+    own.
     """
     field = _proc_field("/proc/self/status", "VmHWM")
     kib = float(field.split()[0]) if field else float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

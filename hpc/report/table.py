@@ -182,6 +182,12 @@ def _incidents(summary: Summary) -> list[str]:
     lost = [f"{_client_of(note)}in step {note['step']}: {note['why']}" for note in summary["lost_clients"]]
     if lost:
         lines.append(_some(f"Lost: {count(len(lost), 'client')}", lost))
+    back = [f"{_client_of(note)}from step {note['step']} on" for note in summary["returned_clients"]]
+    if back:
+        lines.append(_some(f"Came back: {count(len(back), 'client')}", back))
+    refused = [f"{_client_of(note)}{note['why']}" for note in summary["refused_clients"]]
+    if refused:
+        lines.append(_some(f"Refused: {count(len(refused), 'client')}", refused))
     failed = [f"step {note['step']}: {note['why']}" for note in summary["failed_checkpoints"]]
     if failed:
         lines.append(_some(f"Not saved: {count(len(failed), 'checkpoint')}", failed))

@@ -12,9 +12,12 @@ from hpc.errors import ModelError
 
 
 def cache_root() -> Path:
-    """`$HPC_CACHE`, or `hpc-flglm` in the user's cache folder."""
+    """`$HPC_CACHE`, or `hpc-flglm` in the user's cache folder. Raises `ModelError` if there is no such user."""
     chosen = os.environ.get("HPC_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hpc-flglm"
+    try:
+        return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hpc-flglm"
+    except RuntimeError:  # no HOME, and a user whom this host does not know
+        raise ModelError("there is no home folder to keep models in; set HPC_CACHE to a folder") from None
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:

@@ -168,9 +168,10 @@ def test_a_client_that_dies_with_its_work_done_harms_nobody(tmp_path: Path) -> N
     assert [steps_of(tmp_path, client) for client in range(3)] == [[1, 2, 3, 4, 5, 6]] * 3
 
 
-def test_no_checkpoint_is_committed_without_a_client(tmp_path: Path) -> None:
-    run(tmp_path, Kind.SMASHED, step=3, save_every=2)
-    assert committed_steps(tmp_path) == [2]
+@pytest.mark.parametrize("aggregation", ["gradient", "none"])
+def test_a_checkpoint_needs_every_client_only_where_nobody_else_has_its_parts(aggregation: str, tmp_path: Path) -> None:
+    run(tmp_path, Kind.SMASHED, step=3, save_every=2, aggregation=aggregation)
+    assert committed_steps(tmp_path) == ([2, 4, 6] if aggregation == "gradient" else [2])
 
 
 def test_without_leave_a_lost_client_ends_the_run(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_the_latest_is_the_one_committed_last(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        (tiny(clients=3), "train.clients: then 2, now 3"),
+        (tiny(clients_per_round=1), "train.clients_per_round: then 0, now 1"),
         (tiny(schedule="pipelined"), "train.schedule: then client_batch, now pipelined"),
         (tiny(seed=5), "train.seed: then 0, now 5"),
         (tiny(weight_decay=0.5), "train.weight_decay: then 0.0, now 0.5"),
@@ -210,7 +210,7 @@ def test_the_manifest_is_readable_and_names_the_files(tmp_path: Path) -> None:
     manifest = json.loads((checkpoint_folder(tmp_path, 4) / MANIFEST).read_text())
     assert manifest["step"] == 4
     assert manifest["files"] == ["client-0.safetensors", "client-1.safetensors", "trunk.safetensors"]
-    assert manifest["agreement"]["train.clients"] == "2"
+    assert manifest["agreement"]["train.clients_per_round"] == "0"
 
 
 def replicas(folder: Path, rank: int, clients: tuple[int, ...], attempt: str = "a") -> None:

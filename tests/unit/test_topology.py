@@ -6,13 +6,29 @@ import pytest
 
 from hpc.config import Config, TrainConfig, TrunkConfig
 from hpc.errors import TopologyError
-from hpc.topology import check_world, clients_of_trunk_rank, first_host, place, read_world
+from hpc.topology import check_world, clients_of_trunk_rank, place, port_of_job, read_world
 
 TWO_AND_THREE = Config(train=TrainConfig(clients=3), trunk=TrunkConfig(ranks=2))
 
 
 def env(rank: int, size: int) -> dict[str, str]:
     return {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "h", "MASTER_PORT": "5", "LOCAL_RANK": "1"}
+
+
+SRUN = {
+    "SLURM_PROCID": "2",
+    "SLURM_NTASKS": "3",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "rack[1-2]n[4-6]",
+    "SLURM_JOB_ID": "12",
+}
+
+
+def test_tasks_of_srun_meet_at_its_first_host() -> None:
+    world = read_world(SRUN)
+    assert (world.master_addr, world.master_port) == ("rack1n4", port_of_job(12))
+    assert port_of_job(12) != port_of_job(13)
 
 
 def test_trunk_ranks_come_first() -> None:
@@ -41,7 +57,12 @@ def test_centralised_runs_alone() -> None:
         (env(2, 5), "env", 2, 5),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_PROCID": "0"}, "mpi", 1, 4),
         ({"PMI_RANK": "3", "PMI_SIZE": "4"}, "mpi", 3, 4),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_JOB_NODELIST": "n[4-6]"}, "slurm", 2, 3),
+        (SRUN, "slurm", 2, 3),
+        ({**SRUN, "SLURM_NTASKS": "9"}, "slurm", 2, 3),
+        ({**SRUN, "PMIX_RANK": "2"}, "slurm", 2, 3),
+        ({**SRUN, "PMI_RANK": "2", "PMI_SIZE": "3"}, "slurm", 2, 3),
+        ({**SRUN, "PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, "mpi", 0, 2),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3", "SLURM_JOB_ID": "7", "ENVIRONMENT": "BATCH"}, "none", 0, 1),
         ({}, "none", 0, 1),
     ],
 )
@@ -53,20 +74,6 @@ def test_each_launcher_is_recognised(environ: dict[str, str], launcher: str, ran
 def test_a_variable_that_is_no_number_is_named() -> None:
     with pytest.raises(TopologyError, match="RANK is 'x'"):
         read_world({"RANK": "x", "WORLD_SIZE": "2"})
-
-
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [
-        ("gpu[03-05,9],login", "gpu03"),
-        ("a,b", "a"),
-        ("one", "one"),
-        ("r1n[7,9]-ib", "r1n7-ib"),
-        ("x-1.site", "x-1.site"),
-    ],
-)
-def test_first_host_of_a_node_list(nodes: str, host: str) -> None:
-    assert first_host(nodes) == host
 
 
 def test_every_client_has_one_trunk_rank() -> None:
