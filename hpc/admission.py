@@ -1,7 +1,8 @@
 """Clients knock: whoever says in the store that it has started is linked and authenticated, at any time of the run.
 
-A poller sees who knocks; a thread for each knock makes the link and the handshake, so that a client that dies while
-doing so, or has the wrong key, holds up nobody. Then it waits, hearing ALIVE, until the run takes it in.
+A poller sees who knocks. A thread for each knock makes the link and the handshake and hears the client's first words,
+so that one that dies while doing so, takes long to load its part, or has the wrong key, holds up nobody. Then it waits,
+hearing ALIVE, until the run takes it in.
 """
 
 from __future__ import annotations
@@ -11,15 +12,28 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from hpc.errors import HpcError, LinkError, PeerLost
 from hpc.link.channel import Channel
-from hpc.link.frame import Header
+from hpc.link.frame import NEEDS_STATE, Frame, Header
 from hpc.link.kinds import Kind
 
 POLL_S = 0.2
 
 _log = logging.getLogger("hpc")
+
+
+@dataclass(kw_only=True)
+class Knock:
+    """A client that waits to be taken in."""
+
+    channel: Channel
+    ready: Frame | None = None
+    """Its first words; None: they are still to be heard."""
+    key: Frame | None = None
+    """Its signed key, if it is due with them."""
+    taken: bool = False
 
 
 class Admission:
@@ -34,60 +48,76 @@ class Admission:
         is_here: Callable[[int], bool],
         refused: Callable[[int, str], None],
         timeout_s: float,
+        start_patience_s: float,
+        clients_meet: bool,
     ) -> None:
         """`starts(client)`: how often it has started; `connect(client, epoch)`: the sealed channel to its start number
-        `epoch` (from 0); `is_here`: whether its former process takes part still; `refused(client, why)` is told.
+        `epoch` (from 0); `is_here`: whether its former process takes part still; `refused(client, why)` is told;
+        `clients_meet`: a key follows upon every READY.
         """
         self._clients, self._starts, self._connect = tuple(clients), starts, connect
         self._is_here, self._refused, self._timeout_s = is_here, refused, timeout_s
+        self._start_patience_s, self._clients_meet = start_patience_s, clients_meet
         self._changed = threading.Condition()
-        self._arrived: dict[int, Channel] = {}
+        self._arrived: dict[int, Knock] = {}
         self._knocks = dict.fromkeys(self._clients, 0)
-        self._closed = False
+        self._begun = self._closed = False
         threading.Thread(target=self._poll, name="admission", daemon=True).start()
 
     def first(self, *, least: int) -> dict[int, Channel]:
-        """Those who are there when all are, or when `timeout_s` has passed. Raises PeerLost if fewer than `least` are.
+        """Those who are linked when all are, or when `timeout_s` has passed; what they say is still to be heard.
 
-        `least` counts this rank's clients.
+        Raises PeerLost if fewer than `least` are. `least` counts this rank's clients.
         """
-        deadline = time.monotonic() + self._timeout_s
         with self._changed:
-            self._changed.wait_for(
-                lambda: len(self._arrived) == len(self._clients), timeout=max(0.0, deadline - time.monotonic())
-            )
+            self._changed.wait_for(lambda: len(self._arrived) == len(self._clients), timeout=self._timeout_s)
+            missing = ", ".join(f"client {client}" for client in self._clients if client not in self._arrived)
+            if len(self._arrived) < least:
+                raise PeerLost(f"{missing} did not come within --link.timeout_s {self._timeout_s:g} s")
+            self._begun = True
             here = sorted(self._arrived)
-        if len(here) < least:
-            missing = ", ".join(f"client {client}" for client in self._clients if client not in here)
-            raise PeerLost(f"{missing} did not come within --link.timeout_s {self._timeout_s:g} s")
-        return {client: self.take(client) for client in here}
+            found = {client: self._take(client) for client in here}
+        return {client: knock.channel for client, knock in found.items() if knock is not None}
 
     def arrived(self) -> list[int]:
         """Clients that wait to be taken in."""
         with self._changed:
             return sorted(self._arrived)
 
-    def take(self, client: int) -> Channel:
-        """Its channel, which from now on is the caller's."""
+    def take(self, client: int) -> Knock | None:
+        """Its channel, which from now on is the caller's, and what it said; None if it has gone away meanwhile."""
         with self._changed:
-            return self._arrived.pop(client)
+            return self._take(client)
 
-    def close(self) -> None:
+    def _take(self, client: int) -> Knock | None:
+        knock = self._arrived.pop(client, None)
+        if knock is not None:
+            knock.taken = True
+            self._changed.notify_all()
+        return knock
+
+    def close(self, *, paused: bool = False) -> None:
         """Nobody is admitted any more; whoever waits is told."""
         with self._changed:
             self._closed = True
             waiting, self._arrived = list(self._arrived.values()), {}
-        for channel in waiting:
-            channel.send_error("the run is over", grace_s=1)
-            channel.close(grace_s=1)
+            self._changed.notify_all()
+        for knock in waiting:
+            if paused:
+                with contextlib.suppress(LinkError):
+                    knock.channel.send(Header(kind=Kind.PAUSE))
+            else:
+                knock.channel.send_error("the run is over", grace_s=1)
+            knock.channel.close(grace_s=1)
 
     def _poll(self) -> None:
         while not self._closed:
             for client in self._clients:
                 try:
                     starts = self._starts(client)
-                except (RuntimeError, OSError):  # the store is gone, and with it the run
-                    return
+                except (RuntimeError, OSError) as error:
+                    _log.info("whether client %d has started is not known for now: %s", client, error)
+                    continue
                 if starts > self._knocks[client]:
                     self._knocks[client] = starts
                     name = f"admit-{client}-{starts - 1}"
@@ -96,48 +126,55 @@ class Admission:
 
     def _admit(self, client: int, epoch: int) -> None:
         try:
-            channel = self._connect(client, epoch)
+            knock = Knock(channel=self._connect(client, epoch))
+            if self._is_here(client):
+                self.turn_away(client, knock.channel)
+                return
+            if self._begun:  # nobody waits while it loads its part
+                self._hear(knock)
         except HpcError as error:
             self._refused(client, str(error))
-            return
         except Exception as error:  # a thread's traceback would go unseen
             self._refused(client, f"{type(error).__name__}: {error}")
-            return
-        if self._is_here(client):
-            why = f"client {client} takes part already, from another process; end that one first"
-            self._refused(client, why)
-            _turn_away(channel, why, self._timeout_s)
-            return
-        self._offer(client, channel)
+        else:
+            self._offer(client, knock)
 
-    def _offer(self, client: int, channel: Channel) -> None:
+    def _hear(self, knock: Knock) -> None:
+        knock.ready = knock.channel.recv(Kind.READY, patience_s=self._start_patience_s)
+        if self._clients_meet or knock.ready.header.flags & NEEDS_STATE:
+            knock.key = knock.channel.recv(Kind.PEER_KEY)
+
+    def _offer(self, client: int, knock: Knock) -> None:
         """Until it is taken, its own deadline must not run out."""
         with self._changed:
             if self._closed:
                 return
-            self._arrived[client] = channel
+            self._arrived[client] = knock
             self._changed.notify_all()
             while True:
                 self._changed.wait(self._timeout_s / 4)
-                if client not in self._arrived:
+                if knock.taken or self._closed:
                     return
-                if self._arrived[client] is not channel:  # it has died meanwhile, and came anew
+                if self._arrived.get(client) is not knock:  # it has died meanwhile, and came anew
                     break
                 try:
-                    channel.send(Header(kind=Kind.ALIVE))
+                    knock.channel.send(Header(kind=Kind.ALIVE))
                 except LinkError as error:
                     _log.info("client %d went away before it was taken in: %s", client, error)
                     del self._arrived[client]
                     break
         with contextlib.suppress(LinkError):
-            channel.close(grace_s=0.1)
+            knock.channel.close(grace_s=0.1)
 
-
-def _turn_away(channel: Channel, why: str, timeout_s: float) -> None:
-    """Say why, and hold the link until the other end has read it: what it sends meanwhile would break a closed one."""
-    channel.send_error(why)
-    deadline = time.monotonic() + timeout_s
-    with contextlib.suppress(LinkError):
-        while (left := deadline - time.monotonic()) > 0:
-            channel.recv(patience_s=left)
-    channel.close(grace_s=0.1)
+    def turn_away(self, client: int, channel: Channel) -> None:
+        """It is here already. Say so, and hold the link until the other end has read it: what it sends meanwhile would
+        break a closed one.
+        """
+        why = f"client {client} takes part already, from another process; end that one first"
+        self._refused(client, why)
+        channel.send_error(why)
+        deadline = time.monotonic() + self._start_patience_s
+        with contextlib.suppress(LinkError):
+            while (left := deadline - time.monotonic()) > 0:
+                channel.recv(patience_s=left)
+        channel.close(grace_s=0.1)

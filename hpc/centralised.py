@@ -87,7 +87,7 @@ class Centralised:
             if instruction.step > boundary and not isinstance(instruction, (Sync, Save)):
                 boundary = instruction.step
                 if stop_asked():
-                    done = self._save(saver, boundary) if boundary else False
+                    done = boundary > 0 and (boundary == start or self._save(saver, boundary))
                     raise Paused(paused_words(boundary, checkpoint=done))
             match instruction:
                 case TrainStep():

@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 
 from hpc.acts import Recv, Send
-from hpc.checkpoint import UNNAMED, Attempt, checkpoint_folder, read_role, step_of
+from hpc.checkpoint import UNNAMED, Attempt, checkpoint_folder, read_role, read_stamp, step_of
 from hpc.client_side import ClientSide
 from hpc.client_step import ClientStepRun
 from hpc.config import Config
 from hpc.contribution import MaskedContribution
 from hpc.data.dataset import ClientData, score_eval
 from hpc.early_stopping import Patience
-from hpc.errors import IdentityError, Paused, ProtocolError
+from hpc.errors import CheckpointError, IdentityError, LinkError, Paused, ProtocolError
 from hpc.export.save import save_client_adapter
 from hpc.layouts import layout_numbers
 from hpc.learner import Learner
 from hpc.link.channel import Channel
-from hpc.link.frame import DONATES, NEEDS_STATE, NOT_WRITTEN, WOULD_STOP, Frame, Header
+from hpc.link.frame import DONATES, HAS_START, NEEDS_STATE, NOT_WRITTEN, WOULD_STOP, Frame, Header
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
 from hpc.matches import count_matches
@@ -66,13 +66,16 @@ class Client:
         start: int = 0,
         attempt: Attempt = UNNAMED,
         needs_state: bool = False,
+        has_start: bool = True,
         make_peers: Callable[[], PeerKeys] | None = None,
         before_step: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """`needs_state`: it has not got what the clients have learned, and asks them for it; `make_peers`: its keys
-        for other clients, where a run without need of them has one that comes back.
+        """`needs_state`: it may lack what the clients have learned, and asks them for it; `has_start`: it has a file in
+        the checkpoint at `start`; `make_peers`: its keys for other clients, where a run without need of them has one
+        that comes back.
         """
-        self.needs_state, self._make_peers = needs_state, make_peers
+        self.needs_state, self._has_start, self._make_peers = needs_state, has_start, make_peers
+        self._resumed_from, self._drifted = start, False
         self._before_step, self.folder, self.start, self.attempt = before_step, folder, start, attempt
         self.client_id, self.config, self.train = client_id, config, config.train
         self.head, self.tail = head.to(device), tail.to(device)
@@ -86,8 +89,8 @@ class Client:
         self.side = self._make_side()
         self.saver = Saver(config=config, folder=folder, role=f"client-{client_id}", attempt=attempt, log=log)
         self.link.on_welcome = self._welcome
-        if start and not needs_state:
-            self._resume()
+        if start and has_start:
+            self._has_start = self._resume()
         self._eval_batches = data.eval_batches(config.train.eval_batch_size)
 
     def _make_side(self) -> ClientSide:
@@ -121,7 +124,8 @@ class Client:
         """
         told = torch.tensor([len(self._eval_batches), len(self.data.train_rows), self.learner.values])
         asks = self.needs_state and self.train.shares_state
-        self.link.send(Header(kind=Kind.READY, flags=NEEDS_STATE if asks else 0), told)
+        flags = (NEEDS_STATE if asks else 0) | (HAS_START if self._has_start else 0)
+        self.link.send(Header(kind=Kind.READY, flags=flags), told)
         if asks or self.train.clients_meet:
             self._send_key(step=0)
         due, patience_s = (Kind.PEER_KEY, Kind.HANDOVER, Kind.READY), self.config.link.start_patience_s
@@ -152,12 +156,16 @@ class Client:
         That is what was learned up to the last step: whatever has begun of the next does not count yet.
         """
         comer, step, donates = told.header.micro, told.header.step, bool(told.header.flags & DONATES)
+        if donates and not (self.train.shares_state and not self._drifted):
+            raise ProtocolError(
+                f"the trunk wants this client's own parts for client {comer}; nobody else may have them"
+            )
         self._samples = told.payload.tolist()
         if not donates and not self.train.clients_meet:
             return
         try:
             self._peers().add(key.payload.numpy().tobytes())
-        except IdentityError as error:
+        except (IdentityError, LinkError) as error:
             if not donates:
                 raise
             _log.warning("client %d cannot give client %d what was learned: %s", self.client_id, comer, error)
@@ -182,7 +190,7 @@ class Client:
             self.link.send(Header(kind=Kind.BYE))
             self.link.recv_next(Kind.BYE)
         except PauseAsked as asked:
-            done = self.save(asked.step) if asked.step else False
+            done = asked.step > 0 and (asked.step == self._resumed_from or self.save(asked.step))
             raise Paused(paused_words(asked.step, checkpoint=done)) from None
 
     def _follow_the_schedule(self) -> None:
@@ -219,6 +227,7 @@ class Client:
                 run.carry_out(act)
         if batch is None:
             return
+        self._drifted = self.train.averages  # until the next average this client's parts are its own
         spent = before.until(self.link.stats())
         link = {"seal": spent.seal_s, "open": spent.open_s, "wire": spent.wire_s, "wait": spent.wait_s}
         self.log.write(
@@ -233,7 +242,7 @@ class Client:
 
     def sync(self, order: Sync) -> None:
         """Give the client parts to be averaged and take up the average (FedAvg, McMahan et al., 2017)."""
-        masked = None
+        masked, self._drifted = None, False
         for act in client_sync(order, self.traits, self.client_id):
             match act:
                 case Send(kind=Kind.PARTS):
@@ -344,7 +353,7 @@ class Client:
         """Where each client keeps its own parts: the last that this one wrote, if it did."""
         name = f"client-{self.client_id}"
         for folder in sorted(self.folder.glob("checkpoint-*"), key=step_of, reverse=True):
-            if 0 < step_of(folder) <= self.start and (folder / f"{name}.safetensors").exists():
+            if 0 < step_of(folder) <= self.start and self._is_own(folder / f"{name}.safetensors", step_of(folder)):
                 state, facts = read_role(folder, name)
                 self.learner.load_state(state)
                 self._patience.load(facts)
@@ -352,8 +361,23 @@ class Client:
                 return
         _log.warning("%s has no checkpoint of its own parts; they begin anew", name)
 
-    def _resume(self) -> None:
+    def _is_own(self, path: Path, step: int) -> bool:
+        """Whether this attempt of the run wrote it, or the one that it goes on from, up to there."""
+        try:
+            writer = read_stamp(path).attempt
+        except CheckpointError:
+            return False
+        return writer == self.attempt.name or (writer == self.attempt.takes_up and step <= self._resumed_from)
+
+    def _resume(self) -> bool:
+        """Take up the checkpoint; False if it cannot be read where others can give what is in it."""
         folder, role = checkpoint_folder(self.folder, self.start), f"client-{self.client_id}"
-        state, facts = read_role(folder, role, attempt=self.attempt.takes_up)
+        try:
+            state, facts = read_role(folder, role, attempt=self.attempt.takes_up)
+        except CheckpointError:
+            if not self.needs_state:
+                raise
+            return False
         self.learner.load_state(state)
         self._patience.load(facts)
+        return True

@@ -5,40 +5,35 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from hpc.admission import Admission
 from hpc.aggregate import TrunkGroup
 from hpc.agreement import agreement
 from hpc.baseline import run_baseline
 from hpc.checkpoint import Attempt
 from hpc.config import Config
-from hpc.errors import DataError, HpcError, Paused, PeerLost
 from hpc.export.save import forget_adapter
 from hpc.last_words import leave_ending
 from hpc.link.broken import lost_if_broken
 from hpc.link.channel import Channel
-from hpc.link.connect import open_client_channel, open_server_channel
+from hpc.link.connect import open_client_channel
 from hpc.link.identity import Authorised, client_name, load_private
 from hpc.logs import begin_file, ended_well, terminal_line
 from hpc.model.build import ModelBuilder, count_parameters
 from hpc.model.pretrained import load_tokenizer
+from hpc.opening import Opening, close_links
 from hpc.process import device_of, prepare_process
 from hpc.rendezvous import Rendezvous, made_up_folder, start_of, trunk_patience_s
 from hpc.report.events import Ended, EventLog, Started, role_path
 from hpc.report.provenance import peak_rss_mib, versions
 from hpc.schedule import clients_of_step, total_steps
 from hpc.stopping import StopRequest
-from hpc.topology import Place, clients_of_trunk_rank
+from hpc.topology import Place
 from hpc.turns import TURNS, step_hooks
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
-
-    from hpc.server import Server
 
 log = logging.getLogger("hpc")
 
@@ -73,11 +68,9 @@ def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> str
     folder = Path(meeting.output_folder())
     # Told before the first link opens: whoever is linked must not wait for it while another client is refused.
     start, attempt, _ = meeting.take_up(folder)
-    channels: dict[int, Channel] = {}
     events = EventLog(role_path(folder, place.name))
-    servers: list[Server] = []
-    admission = open_links(meeting, config, channels, events, servers)
-    with closing_links(channels, admission), lost_if_broken("another trunk rank is gone or silent"):
+    with Opening(meeting, config, events) as links, lost_if_broken("another trunk rank is gone or silent"):
+        links.open()
         device = device_of(config, place)
         builder = ModelBuilder.of(config)
         meeting.open_trunk_group(device)
@@ -91,7 +84,7 @@ def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> str
         server = Server(
             config=config,
             trunk=trunk,
-            channels=channels,
+            channels=links.channels,
             group=group,
             hidden_size=builder.hidden_size,
             dtype=builder.dtype,
@@ -99,10 +92,12 @@ def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> str
             folder=folder,
             start=start,
             attempt=attempt,
-            admission=admission,
+            admission=links.admission,
             stop_asked=stop,
+            check_key=links.check_key,
+            before_pause=lambda: turns.give_up(),
         )
-        servers.append(server)
+        links.served = server.served
         server.loss_scale.load(facts)
         server.open()
         stop.begin()
@@ -114,6 +109,7 @@ def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> str
                 log.warning("--run.baseline_steps is left out: it needs launch/local.py as a single process")
         log_begin(config, start)
         events.write(Started(step=start))
+        links.began()
         per_step = len(clients_of_step(config.train, 0))
         progress = Progress(
             folder, total_steps=total_steps(config.train), clients_per_step=per_step, form=terminal_line
@@ -143,51 +139,6 @@ def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> str
             report(config, folder)
     torch.distributed.destroy_process_group()
     return finished(config, done, folder)
-
-
-def open_links(
-    meeting: Rendezvous, config: Config, channels: dict[int, Channel], events: EventLog, servers: list[Server]
-) -> Admission | None:
-    """Fill `channels` with this trunk rank's clients; where the run can go on without one, it may also come later.
-
-    `servers`: the server, once there is one. Raises `PeerLost` if too few come, `IdentityError`, `HandshakeError`.
-    """
-    clients = clients_of_trunk_rank(meeting.place.index, config)
-    agreed = agreement(config)
-
-    def connect(client_id: int, epoch: int, store: Store | None) -> Channel:
-        transport = meeting.link(client_id, epoch=epoch, store=store)
-        return open_server_channel(transport, link=config.link, client_id=client_id, agreement=agreed)[0]
-
-    def refused(client_id: int, why: str) -> None:
-        log.warning("client %d was refused: %s", client_id, why)
-        events.note("client_refused", client_id=client_id, why=why)
-
-    if not config.train.min_clients:
-        with closing_links(channels, only_on_error=True):
-            for client_id in clients:
-                channels[client_id] = connect(client_id, 0, None)
-        return None
-    admission = Admission(
-        clients,
-        starts=meeting.starts(),
-        connect=lambda client_id, epoch: connect(client_id, epoch, meeting.another_store()),
-        is_here=lambda client_id: bool(servers) and servers[0].served.is_here(client_id),
-        refused=refused,
-        timeout_s=config.link.timeout_s,
-    )
-    # How many of the others' clients have come, the ranks tell each other before the first step.
-    least = config.train.min_clients if config.trunk.ranks == 1 else 0
-    try:
-        channels.update(admission.first(least=least))
-    except PeerLost:
-        admission.close()
-        raise
-    for client_id in clients:
-        if client_id not in channels:
-            events.note("client_lost", step=1, client_id=client_id, why="it has not come yet")
-            log.warning("client %d has not come; the run begins without it, and it may come later", client_id)
-    return admission
 
 
 def run_client(config: Config, place: Place, stop: StopRequest) -> str:
@@ -229,6 +180,7 @@ def run_client(config: Config, place: Place, stop: StopRequest) -> str:
             peers=make_peers() if config.train.clients_meet else None,
             make_peers=make_peers,
             needs_state=epoch > 0 or client_id in newcomers,
+            has_start=client_id not in newcomers,
             log=events,
             device=device_of(config, place),
             folder=folder,
@@ -326,30 +278,12 @@ def _ended(parameters: dict[str, dict[str, int]], keys_read: int, transport: str
     )
 
 
-class closing_links:  # reads as a statement
+@contextmanager
+def closing_links(channels: dict[int, Channel]) -> Iterator[None]:
     """Whatever happens, the peers hear why this role ends, and no link stays open."""
-
-    def __init__(
-        self, channels: dict[int, Channel], admission: Admission | None = None, *, only_on_error: bool = False
-    ) -> None:
-        self._channels, self._admission, self._only_on_error = channels, admission, only_on_error
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
-        if error is None and self._only_on_error:
-            return
-        if self._admission is not None:
-            self._admission.close()
-        for channel in self._channels.values():
-            if error is not None and not isinstance(error, Paused):  # that they know already
-                channel.send_error(reason_for_peers(error))
-            channel.close()
-
-
-def reason_for_peers(error: BaseException) -> str:
-    """Why this role ends, without anything of its data: messages about data quote it."""
-    if isinstance(error, DataError):
-        return "bad data; its own output says which"
-    return str(error) if isinstance(error, HpcError) else type(error).__name__
+    try:
+        yield
+    except BaseException as error:
+        close_links(channels, error)
+        raise
+    close_links(channels, None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from hpc import supervision
@@ -66,10 +66,12 @@ def ending(words: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
-def last_words(words: Path) -> list[RoleFailed]:
-    """What roles that failed have left, the first to fail first."""
+def last_words(words: Path, roles: Collection[str] | None = None) -> list[RoleFailed]:
+    """What roles that failed (of `roles`; None: any) have left, the first to fail first."""
     found = []
     for path in sorted(words.glob("*.txt"), key=lambda path: path.stat().st_mtime_ns):
+        if roles is not None and path.stem not in roles:
+            continue
         code, _, text = path.read_text(encoding="utf-8").partition("\n")
         found.append(RoleFailed(text, int(code)))
     return found
@@ -84,7 +86,8 @@ def cause(failed: Mapping[str, int], words: Path) -> RoleFailed:
     killed = "; ".join(
         f"killed by {signal.Signals(-status).name} ({role})" for role, status in failed.items() if status < 0
     )
-    said = last_words(words)
+    # A client that the run could do without may have left words long ago. mpirun stands for all roles.
+    said = last_words(words, None if "mpirun" in failed else failed)
     if said:
         first = RoleFailed(*supervision.cause([(str(each), each.exit_code) for each in said]))
         spoilt = killed and first.exit_code not in (BadInput.exit_code, Paused.exit_code)

@@ -105,7 +105,7 @@ def check_output(config: Config, *, coordinates: bool = True) -> None:
             from hpc.resume import find
 
             find(folder, wanted, lasting_agreement(config), steps=total_steps(config.train))
-    elif (path / "summary.json").exists() or any(path.glob("checkpoint-*/manifest.json")):
+    elif coordinates and ((path / "summary.json").exists() or any(path.glob("checkpoint-*/manifest.json"))):
         kind = "finished run" if (path / "summary.json").exists() else "run that stopped"
         raise ConfigError(
             f"{folder} holds a {kind}; go on from its last checkpoint with --run.resume_from_checkpoint latest, "

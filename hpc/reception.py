@@ -8,18 +8,38 @@ All trunk ranks do this together.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from hpc.admission import Admission
 from hpc.config import TrainConfig
-from hpc.errors import LinkError, ProtocolError
-from hpc.link.frame import DONATES, NEEDS_STATE, NOT_WRITTEN, Frame, Header
+from hpc.errors import IdentityError, LinkError, PeerLost, ProtocolError
+from hpc.link.frame import DONATES, HAS_START, NEEDS_STATE, NOT_WRITTEN, Frame, Header
 from hpc.link.kinds import Kind
 from hpc.server_side import ServerSide
 
+MOST_KEY_BYTES = 8192
+
 _log = logging.getLogger("hpc")
+
+
+@dataclass(kw_only=True, frozen=True)
+class Told:
+    """What a client says of itself when it comes."""
+
+    batches: int
+    """Of held-out examples."""
+    samples: int
+    """Training examples."""
+    values: int
+    """That learn in its parts."""
+    needs_state: bool
+    has_start: bool
+    key: torch.Tensor | None
+    """Its signed key (uint8)."""
 
 
 class Reception:
@@ -30,36 +50,51 @@ class Reception:
         side: ServerSide,
         admission: Admission | None = None,
         *,
+        most_batches: int = 0,
         on_return: Callable[[int], None] = lambda client: None,
+        check_key: Callable[[int, bytes], None] = lambda client, message: None,
     ) -> None:
-        """`admission`: where clients may come back; `on_return` is called for each of this rank's that does."""
-        self._side, self._admission, self._on_return = side, admission, on_return
+        """`admission`: where clients may come back; `most_batches` of held-out examples are possible; `on_return` is
+        called for each of this rank's that is back; `check_key` raises `IdentityError` for a key that is not its own.
+        """
+        self._side, self._admission, self._on_return, self._check_key = side, admission, on_return, check_key
         self._train: TrainConfig = side.train
         self._served, self._group = side.served, side.group
+        self._most_batches = most_batches
         self._keys: dict[int, torch.Tensor] = {}  # every client's signed key, of all ranks
         self._samples: dict[int, int] = {}
         self.eval_batches: dict[int, int] = {}
 
     def open(self, step: int) -> None:
-        """Hear from every client that is here; give those that need it what the clients have learned."""
+        """Hear from every client that is here; give those that need it what the clients have learned.
+
+        Raises `PeerLost` where clients deal with each other and one is not here.
+        """
         heard = {client: self._hear(client) for client in self._served.present(self._served.channels)}
         told = {client: found for client, found in heard.items() if found is not None}
         self._take_up(told)
-        sizes = self._merge({client: row[2] for client, row in told.items()})
-        differing = {client: size for client, size in sizes.items() if client in self._here()}
+        here = self.here()
+        if self._train.clients_meet and len(here) < self._train.clients:
+            absent = [client for client in range(self._train.clients) if client not in here]
+            raise PeerLost(
+                f"clients {absent} are not here; secure aggregation and hand-over need every client at the start"
+            )
+        sizes = self._merge({client: each.values for client, each in told.items()})
+        differing = {client: sizes[client] for client in here}
         if len(set(differing.values())) > 1:
             raise ProtocolError(f"the clients' parts have different numbers of values that learn: {differing}")
         self._side.part_values = next(iter(differing.values()), 0)
-        self._share_keys({client: key for client, (*_, key) in told.items()})
+        self._share_keys(told)
         if self._train.clients_meet:
-            for owner in self._here():
+            for owner in here:
                 for client in self._served.present(self._served.channels):
                     if client != owner:
                         self._served.send(client, Header(kind=Kind.PEER_KEY, step=step), self._keys[owner])
-        needing = self._merge({client: row[3] for client, row in told.items()})
-        for client in self._here():
-            if needing[client]:
-                self._give_state(client, step, [each for each in self._here() if not needing[each]])
+        # Before the first step nobody has learned anything, and all begin alike.
+        lacking = self._merge({client: not each.has_start for client, each in told.items() if step})
+        for client in here:
+            if lacking[client]:
+                self._give_state(client, step, [each for each in here if not lacking[each]])
         for client in self._served.present(self._served.channels):
             self._say_begin(client, step)
 
@@ -72,25 +107,20 @@ class Reception:
             self._admit(client, step)
 
     def _admit(self, comer: int, step: int) -> None:
-        told, admission = {}, self._admission
         mine = comer % self._group.ranks == self._group.rank
-        if mine:
-            assert admission is not None, "somebody has come"
-            self._served.take_back(comer, admission.take(comer), step)
-            self._on_return(comer)
-            if (found := self._hear(comer)) is not None:
-                told[comer] = found
+        told = {comer: found} if mine and (found := self._let_in(comer, step)) is not None else {}
         if not self._group.sum(len(told)):
             return
         self._take_up(told)
-        self._share_keys({client: key for client, (*_, key) in told.items()})
-        needs = bool(self._group.sum(sum(row[3] for row in told.values())))
-        others = [client for client in self._here() if client != comer]
+        self._share_keys(told)
+        needs = bool(self._group.sum(sum(each.needs_state for each in told.values())))
+        others = [client for client in self.here() if client != comer]
         if self._train.clients_meet:
             for client in others:
                 self._introduce(client, comer, step, flags=0)
-                if mine:
-                    self._served.send(comer, Header(kind=Kind.PEER_KEY, step=step), self._keys[client])
+            for client, key in self._keys.items() if mine else ():
+                if client != comer:
+                    self._served.send(comer, Header(kind=Kind.PEER_KEY, step=step), key)
         if needs and not self._give_state(comer, step, others):
             return
         if mine:
@@ -99,14 +129,26 @@ class Reception:
             self._served.log.note("client_returned", step=step + 1, client_id=comer)
             _log.warning("client %d is back; it takes part from step %d on", comer, step + 1)
 
-    def _hear(self, client: int) -> tuple[int, int, int, int, torch.Tensor | None] | None:
-        """Evaluation batches, training examples, values that learn, whether it needs the state, and its signed key.
+    def _let_in(self, comer: int, step: int) -> Told | None:
+        """What one of this rank's clients says; None if it is gone again, or here already."""
+        assert self._admission is not None, "somebody has come"
+        knock = self._admission.take(comer)
+        if knock is None:
+            return None
+        if self._served.is_here(comer):
+            arguments = (comer, knock.channel)  # which takes as long as the other end likes
+            threading.Thread(target=self._admission.turn_away, args=arguments, daemon=True).start()
+            return None
+        self._served.take_back(comer, knock.channel, step)
+        self._on_return(comer)
+        return self._hear(comer, knock.ready, knock.key)
 
-        None if it was lost.
-        """
+    def _hear(self, client: int, ready: Frame | None = None, key: Frame | None = None) -> Told | None:
+        """What the client says, if it has not been heard yet; None if it was lost."""
+        inbox, patience_s = self._served.inbox, self._served.start_patience_s
         try:
-            ready = self._served.inbox.recv(client, Kind.READY, patience_s=self._served.start_patience_s)
-            told, needs = ready.payload, bool(ready.header.flags & NEEDS_STATE)
+            ready = ready or inbox.recv(client, Kind.READY, patience_s=patience_s)
+            told, flags = ready.payload, ready.header.flags
             if told.shape != (3,) or told.dtype != torch.int64 or bool((told < 0).any()):
                 raise ProtocolError(
                     f"client {client} sent READY of {tuple(told.shape)}, {told.dtype}; due: three numbers"
@@ -114,22 +156,32 @@ class Reception:
             batches, samples, values = (int(number) for number in told)
             if self._side.part_values and values != self._side.part_values:
                 raise ProtocolError(f"{values} values learn in client {client}; in the others {self._side.part_values}")
-            meets = needs or self._train.clients_meet
-            key = self._served.inbox.recv(client, Kind.PEER_KEY).tensor if meets else None
-        except LinkError as error:
-            self._served.lose(client, -1, error)
+            if batches > self._most_batches:
+                raise ProtocolError(f"client {client} has {batches} held-out batches; at most {self._most_batches}")
+            if flags & NEEDS_STATE or self._train.clients_meet:
+                key = key or inbox.recv(client, Kind.PEER_KEY)
+                self._check_key(client, bytes_of(key, who=f"client {client}", most=MOST_KEY_BYTES))
+        except (LinkError, IdentityError) as error:
+            self._served.lose(client, -1, error if isinstance(error, LinkError) else ProtocolError(str(error)))
             return None
-        return batches, samples, values, int(needs), key
+        return Told(
+            batches=batches,
+            samples=samples,
+            values=values,
+            needs_state=bool(flags & NEEDS_STATE),
+            has_start=not flags & NEEDS_STATE or bool(flags & HAS_START),
+            key=None if key is None else key.payload,
+        )
 
-    def _take_up(self, told: dict[int, tuple[int, int, int, int, torch.Tensor | None]]) -> None:
-        self.eval_batches |= self._known(self._merge({client: row[0] for client, row in told.items()}))
-        self._samples |= self._known(self._merge({client: row[1] for client, row in told.items()}))
+    def _take_up(self, told: dict[int, Told]) -> None:
+        self.eval_batches |= self._known(self._merge({client: each.batches for client, each in told.items()}))
+        self._samples |= self._known(self._merge({client: each.samples for client, each in told.items()}))
         self._side.samples = [self._samples.get(client, 0) for client in range(self._train.clients)]
 
-    def _share_keys(self, mine: dict[int, torch.Tensor | None]) -> None:
+    def _share_keys(self, told: dict[int, Told]) -> None:
         """Every rank gets the keys that some rank's clients have told."""
-        told = self._merge({client: 1 for client, key in mine.items() if key is not None})
-        for owner in [client for client, here in told.items() if here]:
+        mine = {client: each.key for client, each in told.items() if each.key is not None}
+        for owner in [client for client, here in self._merge(dict.fromkeys(mine, 1)).items() if here]:
             self._keys[owner] = self._group.share(mine.get(owner), owner=self._group.rank_of_client(owner))
 
     def _introduce(self, client: int, comer: int, step: int, *, flags: int) -> None:
@@ -160,22 +212,37 @@ class Reception:
 
     def _from_donor(self, donor: int, step: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         key = self._served.recv_out_of_turn(donor, Kind.PEER_KEY, step)
-        sealed: Frame | None = self._served.recv_out_of_turn(donor, Kind.HANDOVER, step) if key is not None else None
+        sealed = None if key is None else self._served.recv_out_of_turn(donor, Kind.HANDOVER, step)
         if key is None or sealed is None or sealed.header.flags & NOT_WRITTEN:
+            return None
+        try:
+            self._check_key(donor, bytes_of(key, who=f"client {donor}", most=MOST_KEY_BYTES))
+            bytes_of(sealed, who=f"client {donor}")
+        except (LinkError, IdentityError) as error:
+            self._served.lose(donor, step, error if isinstance(error, LinkError) else ProtocolError(str(error)))
             return None
         return key.payload, sealed.payload
 
     def _say_begin(self, client: int, step: int) -> None:
         self._served.send(client, Header(kind=Kind.READY, step=step), torch.tensor(self._side.samples))
 
-    def _here(self) -> list[int]:
-        """The clients of all ranks that take part."""
+    def here(self) -> list[int]:
+        """The clients of all ranks that take part. Collective."""
         here = self._merge(dict.fromkeys(self._served.present(self._served.channels), 1))
         return [client for client, present in here.items() if present]
 
-    def _merge(self, mine: dict[int, int]) -> dict[int, int]:
-        return self._group.merge(mine, self._train.clients)
+    def _merge(self, mine: Mapping[int, int]) -> dict[int, int]:
+        return self._group.merge(dict(mine), self._train.clients)
 
     def _known(self, merged: dict[int, int]) -> dict[int, int]:
         """Without those of whom nothing was told."""
         return {client: number for client, number in merged.items() if number}
+
+
+def bytes_of(frame: Frame, *, who: str, most: int | None = None) -> bytes:
+    """A frame's payload, if it is a row of bytes. Raises `ProtocolError`."""
+    found = frame.payload
+    if found.dim() != 1 or found.dtype != torch.uint8 or not len(found) or (most and len(found) > most):
+        name = frame.header.kind.name
+        raise ProtocolError(f"{who} sent {name} of {tuple(found.shape)}, {found.dtype}; due: bytes")
+    return b"" if most is None else found.numpy().tobytes()

@@ -44,7 +44,7 @@ class Rendezvous:
 
     def __init__(self, place: Place, config: Config) -> None:
         self.place, self.config = place, config
-        self.store = self._open_store()
+        self.store = _of_this_restart(self._open_store())
         if place.role == "baseline":  # it has no link
             return
         self.transport_name = self._agree_on_transport()
@@ -204,14 +204,30 @@ def start_of(config: Config, folder: Path) -> tuple[int, str, list[int]]:
         return 0, "", []
     found = find(folder, wanted, lasting_agreement(config), steps=total_steps(config.train))
     (log.warning if found.passed_over else log.info)("%s", found)
-    newcomers = [] if found.clients is None else [k for k in range(config.train.clients) if k not in found.clients]
+    clients = range(config.train.clients)
+    newcomers = [] if found.clients is None else [k for k in clients if k not in found.clients]
+    changes = newcomers or (found.clients is not None and len(found.clients) > len(clients))
+    if changes and config.train.averages and found.step % config.train.sync_every:
+        raise CheckpointError(
+            f"checkpoint-{found.step} lies between two averages (--train.sync_every {config.train.sync_every}), where "
+            f"the clients' parts differ, and is of clients {list(found.clients or ())}, not of {len(clients)} clients; "
+            "resume with the same clients, or from a checkpoint at an average"
+        )
     return found.step, found.attempt, newcomers
 
 
+def _of_this_restart(store: dist.Store) -> dist.Store:
+    """torchrun's own store outlives its workers: what a former group of them has left there must not be read."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return dist.PrefixStore(f"restart/{restarts}", store) if restarts else store
+
+
 def trunk_patience_s(config: Config) -> float:
-    """How long trunk ranks wait for each other: longer than one of them may wait for its silent clients in turn."""
+    """How long trunk ranks wait for each other: longer than one of them may wait for its silent clients in turn, or for
+    one that loads its part.
+    """
     waits = 1 if config.train.min_clients == 0 else 2 + -(-config.train.clients // config.trunk.ranks)
-    return waits * config.link.timeout_s
+    return max(waits * config.link.timeout_s, config.link.start_patience_s + config.link.timeout_s)
 
 
 def made_up_folder(config: Config) -> str:

@@ -85,6 +85,8 @@ class Saver:
         """
         if step in kept:
             _log.info("checkpoint written after step %d", step)
+        if step not in kept:
+            self._written = -1
         for folder in self._folder.glob("checkpoint-*"):
             unwanted = folder.name not in {f"checkpoint-{each}" for each in kept}
             if (step_of(folder) == step and not kept) or (0 <= step_of(folder) < step and kept and unwanted):
@@ -113,13 +115,13 @@ def kept_steps(committed: Sequence[int], limit: int) -> list[int]:
     return list(committed[-limit:] if limit else committed)
 
 
-def obstacle(*, lost: int, unwritten: Mapping[int, int], ranks: int) -> str | None:
+def obstacle(*, lost: int, unwritten: Mapping[int, int], ranks: int, spared: bool = False) -> str | None:
     """Why trunk rank 0 does not commit, or None.
 
-    `lost`: clients of all ranks that are gone; `unwritten`: client → whether it could not write; `ranks`: trunk ranks
-    other than this that could not.
+    `lost`: clients of all ranks that are gone; `spared`: others have what they had; `unwritten`: client → whether it
+    could not write; `ranks`: trunk ranks other than this that could not.
     """
-    if lost:  # every client takes a checkpoint up, so none may be missing
+    if lost and not spared:  # nobody else could give what it had
         return "a client is lost, and its parts with it"
     failed = [f"client-{client}" for client, failed in sorted(unwritten.items()) if failed]
     failed += ["another trunk rank"] if ranks else []

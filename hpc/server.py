@@ -67,10 +67,15 @@ class Server:
         attempt: Attempt = UNNAMED,
         admission: Admission | None = None,
         stop_asked: Callable[[], bool] = lambda: False,
+        check_key: Callable[[int, bytes], None] = lambda client, message: None,
+        before_pause: Callable[[], None] = lambda: None,
     ) -> None:
-        """`admission`: where lost clients may come back; `stop_asked`: whether the run is to end at the next step."""
+        """`admission`: where lost clients may come back; `stop_asked`: whether the run is to end at the next step.
+
+        `check_key`: see `Reception`; `before_pause` is called before clients are told that the run pauses.
+        """
         self.start, self.config, self.log = start, config, log
-        self._stop_asked = stop_asked
+        self._stop_asked, self._before_pause = stop_asked, before_pause
         self.train, self.channels, self.group = config.train, channels, group
         self.loss_scale = LossScale.for_dtype(config.model.dtype)
         self.served = Served(
@@ -95,7 +100,10 @@ class Server:
             watch=Stopwatch(),
         )
         self.saver = Saver(config=config, folder=folder, role=f"trunk-{group.rank}", attempt=attempt, log=log)
-        self.reception = Reception(self.side, admission, on_return=self._empty_cache)
+        batches = -(-config.data.val_examples // config.train.eval_batch_size) if config.data.evaluates else 0
+        self.reception = Reception(
+            self.side, admission, most_batches=batches, on_return=self._empty_cache, check_key=check_key
+        )
         for client in clients_of_trunk_rank(group.rank, config):
             self._empty_cache(client)
         if admission is not None:  # who has not come yet, may still
@@ -173,7 +181,7 @@ class Server:
         """Forward only, batch by batch, the clients' batches of one turn as one."""
         self.side.trunk.part.eval()
         batches = self.reception.eval_batches
-        for turn in range(max(batches.values(), default=0)):
+        for turn in range(max((batches.get(client, 0) for client in self.reception.here()), default=0)):
             mine = [c for c in self.served.present(self.channels) if turn < batches.get(c, 0)]
             self.served.keep_waiting(mine)
             found = {c: self.served.recv(Recv(Kind.EVAL_SMASHED, Micro(c)), order.step) for c in mine}
@@ -245,9 +253,11 @@ class Server:
         """End the run here, to be resumed: all ranks, if any of them was asked to."""
         if not self.group.sum(self._stop_asked()):
             return
+        self._before_pause()
         for client in self.served.present(self.channels):
             self.served.send(client, Header(kind=Kind.PAUSE, step=step))
-        done = self.save(step, dropping=True) if step else False
+        # Where this attempt begins there is a checkpoint already, which must not be put at risk.
+        done = step > 0 and (step == self.start or self.save(step, dropping=True))
         self.served.flush()
         raise Paused(paused_words(step, checkpoint=done))
 
@@ -263,7 +273,8 @@ class Server:
         flags = {c: frame.header.flags & NOT_WRITTEN for c, frame in heard.items() if frame is not None}
         lost = self.group.merge(dict.fromkeys(self.served.lost, 1), self.train.clients)
         why = obstacle(
-            lost=0 if self.train.shares_state else sum(lost.values()),
+            lost=sum(lost.values()),
+            spared=self._spared_at(step, sum(lost.values())),
             unwritten=self.group.merge(flags, self.train.clients),
             ranks=int(self.group.sum(not written and self.group.rank > 0)),
         )
@@ -278,6 +289,12 @@ class Server:
         for client in self.served.present(self.channels):
             self.served.send(client, Header(kind=Kind.READY, step=step), kept)
         return bool(from_payload(kept))
+
+    def _spared_at(self, step: int, lost: int) -> bool:
+        """Whether a checkpoint may do without lost clients: others have what they had, and would give it."""
+        between_averages = self.train.averages and step % self.train.sync_every != 0
+        left = self.train.clients - lost
+        return self.train.shares_state and not between_averages and left >= max(1, self.train.min_clients)
 
     def _hear_of_save(self, client: int, step: int, *, dropping: bool) -> Frame | None:
         if dropping:

@@ -11,20 +11,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 from hpc.errors import Paused
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+AGAIN_S = 2.0
 
 
 class StopRequest:
     """Whether this role was asked to stop; false until then."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, again_s: float = AGAIN_S) -> None:
+        """A signal within `again_s` of the first is the same request, come by another way."""
         self._asked = threading.Event()
         self._again = threading.Event()
         self._has_begun = False
+        self._again_s, self._first_at = again_s, 0.0
         self.signal_name = ""
 
     def __call__(self) -> bool:
@@ -36,8 +40,12 @@ class StopRequest:
 
     def ask(self, number: int) -> None:
         """A signal came."""
-        self.signal_name = signal.Signals(number).name
-        (self._again if self._asked.is_set() else self._asked).set()
+        now = time.monotonic()
+        if not self._asked.is_set():
+            self.signal_name, self._first_at = signal.Signals(number).name, now
+            self._asked.set()
+        elif now - self._first_at > self._again_s:
+            self._again.set()
 
     def wait_for_end(self, grace_s: float) -> tuple[str, int]:
         """Returns when the role must end at once, with the reason and the exit code."""

@@ -129,6 +129,9 @@ class StepHooks:
     def finish(self) -> None:
         """The role has done all its work; returns when it may end."""
 
+    def give_up(self) -> None:
+        """The run ends early: nobody must wait for this member's turns."""
+
 
 class TurnTaker(StepHooks):
     """A role that follows: it says when it is ready, and waits for its member's turn."""
@@ -192,6 +195,10 @@ class TurnLeader(TurnTaker):
 
     def finish(self) -> None:
         self._hold_still()
+
+    def give_up(self) -> None:
+        for turn in range(max(self._turn, 0), self._ring.turns):
+            self._turns.give_away(turn)
 
     def _change(self, turn: int) -> None:
         if self._turn >= 0:

@@ -117,6 +117,7 @@ def run_split(
             peers=(peers or {}).get(client_id) if config.train.clients_meet else None,
             make_peers=None if make_peers is None else lambda: make_peers(client_id),
             needs_state=needs_state,
+            has_start=client_id not in newcomers,
             attempt=attempt,
             log=EventLog(role_path(folder, f"client-{client_id}")),
             device=torch.device("cpu"),
@@ -151,6 +152,8 @@ def run_split(
             is_here=lambda k: bool(servers) and servers[0].served.is_here(k),
             refused=lambda k, why: failures.append(AssertionError(f"client {k} was refused: {why}")),
             timeout_s=timeout_s,
+            start_patience_s=timeout_s,
+            clients_meet=config.train.clients_meet,
         )
     channels = dict(enumerate(pair[1] for pair in pairs)) if admission is None else admission.first(least=1)
     server = Server(

@@ -102,7 +102,8 @@ LOSS_NOT_FINITE = 1  # flag of GRAD_TRUNK_OUT: all that is told about a loss
 LEFT_OUT = 1  # flag of STEP: nobody steps, and it is nobody's fault
 WOULD_STOP = 1  # flag of VOTE and VERDICT
 DONATES = 1  # flag of WELCOME: whoever gets it gives what it has learned to the one that comes
-NEEDS_STATE = 1  # flag of a client's first READY: it has not got what the clients have learned up to now
+NEEDS_STATE = 1  # flag of a client's first READY: it may lack what the clients have learned up to now
+HAS_START = 2  # another: it has what they had learned where this attempt of the run begins
 NOT_WRITTEN = 1  # flag of READY after a save: this client's file of the checkpoint could not be written
 
 

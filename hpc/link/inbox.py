@@ -42,11 +42,15 @@ class Inbox:
         return self.recv(peer, kind)
 
     def skip_to(self, peer: int, kind: Kind, step: int) -> Frame:
-        """The peer's first frame of this kind and step; what came before it is dropped."""
-        while True:
+        """The peer's first frame of this kind and step; what came before it is dropped.
+
+        Raises ProtocolError if that is more than a program sends ahead.
+        """
+        for _ in range(4 * _AHEAD):
             frame = self.recv(peer)
             if (frame.header.kind, frame.header.step) == (kind, step):
                 return frame
+        raise ProtocolError(f"{self.channels[peer].peer} sends on and on, and no {kind.name} of step {step}")
 
     def replace(self, peer: int, channel: Channel) -> None:
         """From now on the peer is at the other end of this channel."""

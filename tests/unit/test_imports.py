@@ -44,6 +44,7 @@ FLOORS = {
     "hpc.source": 2,
     "hpc.model": 2,
     "hpc.data": 2,
+    "hpc.metrics": 2,
     # roles, and what they do together
     "hpc.optim": 3,
     "hpc.learner": 3,
@@ -96,6 +97,7 @@ FLOORS = {
     "hpc.stopping": 1,
     "hpc.admission": 3,
     "hpc.reception": 3,
+    "hpc.opening": 5,
     "hpc.rendezvous": 5,
     "hpc.launcher": 5,
     "hpc.roles": 5,
@@ -178,6 +180,14 @@ def test_pure_modules_know_nothing_of_processes(module: str) -> None:
     barred = "torch" if module in NO_TORCH else "torch.distributed"
     found = [name for name in imports(MODULES[module]) if within(name, barred)]
     assert not found, f"{module} imports {found}; it must not import {barred}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if within(name, "hpc.metrics")])
+def test_metrics_know_values_only(module: str) -> None:
+    """Predictions come as plain values, so old runs can be scored again without a model, or torch."""
+    allowed = ("hpc.errors", "hpc.metrics")
+    found = [name for name in imports(MODULES[module]) if name.split(".")[0] in {"hpc", "torch", "transformers"}]
+    assert not [name for name in found if not any(within(name, root) for root in allowed)]
 
 
 @pytest.mark.parametrize(("module", "stranger"), STRANGERS)

@@ -138,13 +138,22 @@ def test_early_stopping_counts_no_evaluation_twice(tmp_path: Path) -> None:
 
 
 def test_the_first_signal_asks_and_the_second_ends() -> None:
-    request = StopRequest()
+    request = StopRequest(again_s=-1)
     request.begin()
     assert not request()
     request.ask(signal.SIGTERM)
     assert request()
     request.ask(signal.SIGTERM)
     assert request.wait_for_end(60) == ("ended by SIGTERM: asked again", 128 + signal.SIGTERM)
+
+
+def test_the_same_request_may_come_by_two_ways() -> None:
+    """Whoever signals all processes of a job reaches the launcher, which passes it on."""
+    request = StopRequest()
+    request.begin()
+    request.ask(signal.SIGTERM)
+    request.ask(signal.SIGUSR1)
+    assert "no checkpoint within" in request.wait_for_end(0.05)[0]
 
 
 def test_who_does_not_get_there_in_time_ends() -> None:

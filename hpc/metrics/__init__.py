@@ -1,0 +1,1 @@
+"""Scores of predictions against references, in percent; `hpc.metrics.table` says which task has which."""
