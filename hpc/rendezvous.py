@@ -25,7 +25,7 @@ from hpc.link.broken import lost_if_broken
 from hpc.link.gloo import CLIENT, SERVER, connect_gloo
 from hpc.link.interface import agree_on_address
 from hpc.link.meeting_file import meeting_name, open_store
-from hpc.link.mpi_library import use_launchers_library
+from hpc.link.mpi_library import load_mpi
 from hpc.link.stores import join_tcp_store
 from hpc.link.transport import Transport, choose_transport
 from hpc.process import device_of
@@ -80,7 +80,7 @@ class Rendezvous:
         hosts = self.place.name == "trunk-0" and not world.agent_hosts_store
         address = world.master_addr
         if world.launcher == "mpi" and "MASTER_PORT" not in os.environ:
-            address, port = _agree_over_mpi(port if self.config.link.port else 0)
+            address, port = _agree_over_mpi(port if self.config.link.port else 0, world.world_size)
         self._meeting_host = address
         if not hosts:
             return join_tcp_store(address, port, timeout_s=self.config.link.timeout_s)
@@ -239,16 +239,14 @@ def made_up_folder(config: Config) -> str:
     return folder
 
 
-def _agree_over_mpi(port: int) -> tuple[str, int]:
-    use_launchers_library()
-    from mpi4py import MPI
+def _agree_over_mpi(port: int, processes: int) -> tuple[str, int]:
+    comm = load_mpi(processes).COMM_WORLD
 
     def free() -> int:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return int(probe.getsockname()[1])
 
-    comm = MPI.COMM_WORLD
     mine = f"{socket.gethostname()} {port or free()}".encode().ljust(300) if comm.rank == 0 else bytes(300)
     buffer = bytearray(mine)
     comm.Bcast(buffer, root=0)  # the upper-case call: bytes, no pickle

