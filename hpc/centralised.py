@@ -176,7 +176,7 @@ class Centralised:
                 Evaluation(
                     step=step,
                     client_id=client_id,
-                    correct=correct,
+                    correct=correct if data.chooses else None,
                     total=total,
                     loss_sum=loss_sum,
                     label_tokens=label_tokens,

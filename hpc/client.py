@@ -294,10 +294,16 @@ class Client:
             part.train()
         loss_sum = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
         self._patience.take(loss_sum / label_tokens if label_tokens else math.nan)
-        _log.info("evaluation after step %d: %d of %d right", step, correct, total)
+        found = f"{correct} of {total} right" if self.data.chooses else f"{total} texts"
+        _log.info("evaluation after step %d: %s", step, found)
         self.log.write(
             Evaluation(
-                step=step, correct=correct, total=total, loss_sum=loss_sum, label_tokens=label_tokens, matched=matched
+                step=step,
+                correct=correct if self.data.chooses else None,
+                total=total,
+                loss_sum=loss_sum,
+                label_tokens=label_tokens,
+                matched=matched,
             )
         )
 

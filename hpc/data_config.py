@@ -58,7 +58,7 @@ class TemplateConfig:
         )
         require(
             self.verbalisers is None or len(set(self.verbalisers.values())) == len(self.verbalisers) >= 2,
-            f"--data.template.verbalisers {self.verbalisers} must give two or more labels an answer each, all different",
+            f"--data.template.verbalisers {self.verbalisers} must give two or more labels different answers",
         )
         require(
             all(answer.strip() for answer in (self.verbalisers or {}).values()),

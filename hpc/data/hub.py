@@ -1,4 +1,4 @@
-"""Data sets that the library `datasets` finds by name. The library is optional, and imported only when it is asked for."""
+"""Data sets that the library `datasets` finds by name. It is optional, and imported only when it is asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIGS = {
 SPLITS = {"train": "train", "val": "validation"}
 # Task → labels in the publisher's files, in the order of the library's numbers.
 LABELS: Mapping[str, Sequence[object]] = {
-    **{task: (False, True) for task in ("boolq", "wic", "wsc")},
+    **dict.fromkeys(("boolq", "wic", "wsc"), (False, True)),
     "cb": ("entailment", "contradiction", "neutral"),
     "rte": ("entailment", "not_entailment"),
 }
