@@ -25,6 +25,11 @@ TaskName = Literal[
 ]
 
 
+def spelt(label: object) -> str:
+    """A label as JSON spells it, without quotes."""
+    return str(label).lower() if isinstance(label, bool) else str(label)
+
+
 @dataclass(kw_only=True, frozen=True)
 class TemplateConfig:
     """How records are worded, where it is not as the task's own template says."""
@@ -36,8 +41,7 @@ class TemplateConfig:
     """Text to be generated, with fields in braces and the space that parts it from the prompt, such as " {summary}".
     None: the task's own."""
     verbalisers: Optional[Dict[str, str]] = None
-    """Label in the record: its answer, such as {"true": " Yes", "false": " No"} (labels in quotes). None: the task's
-    own."""
+    """Label in the record: its answer, such as {"true": " Yes", "false": " No"}. None: the task's own."""
     label_field: Optional[str] = None
     """Field of the record that has the label; none: the task's own (`label`)."""
     cut: Optional[str] = None
@@ -48,6 +52,8 @@ class TemplateConfig:
     """Language of the answers, for the metrics; none: the task's own."""
 
     def __post_init__(self) -> None:
+        if self.verbalisers is not None:  # YAML makes a truth value of a true that has no quotes
+            object.__setattr__(self, "verbalisers", {spelt(label): text for label, text in self.verbalisers.items()})
         for name in ("prompt", "answer"):
             text = getattr(self, name)
             if text is not None:

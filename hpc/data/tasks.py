@@ -9,7 +9,7 @@ from typing import Any
 
 from hpc.data.publishers import FlatRecord, flatten, member
 from hpc.data.templates import BOOLQ, ENTITY, FORMATS, Kind, Task
-from hpc.data.wording import spelt
+from hpc.data_config import spelt
 from hpc.errors import DataError
 
 __all__ = ["FORMATS", "Example", "Task", "form_of", "make_example", "make_examples"]

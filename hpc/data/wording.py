@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hpc.config import DataConfig, TemplateConfig
 from hpc.data.templates import ENTITY, FORMATS, Task, fields_in
+from hpc.data_config import spelt
 from hpc.errors import ConfigError
 from hpc.rules import require
 
@@ -24,11 +25,6 @@ def task_of(data: DataConfig) -> Task:
         language=template.language or task.language,
     )
     return _cut(_answered(changed, template), template.cut)
-
-
-def spelt(label: object) -> str:
-    """A label as JSON spells it, without quotes."""
-    return str(label).lower() if isinstance(label, bool) else str(label)
 
 
 def _answered(task: Task, template: TemplateConfig) -> Task:
