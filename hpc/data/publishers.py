@@ -68,7 +68,7 @@ def _multirc(record: Record, where: str) -> Iterator[FlatRecord]:
         yield FlatRecord(where=where, fields={**record, "passage": text}, group=text, question=_question(text, number))
         return
     passage = member(record, "passage", dict, where)
-    text = member(passage, "text", str, where)
+    text = member(passage, "text", str, where).strip()  # once, so that all its questions share it
     for q, question in enumerate(_objects(passage, "questions", where)):
         at = f"{where}, question {q}"
         asked, key = member(question, "question", str, at), _question(text, question.get("idx", q))

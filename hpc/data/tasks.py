@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from string import Formatter
 from typing import Any
 
@@ -70,7 +71,7 @@ def make_example(task: Task, record: Mapping[str, Any], where: str) -> Example:
 
 def _example(task: Task, flat: FlatRecord) -> Example:
     where, fields = flat.where, flat.fields
-    before, passage, after = _render(task, {field: _text(fields, field, where) for field in task.fields})
+    before, passage, after = _render(task, {field: _text(task, flat, field) for field in task.fields})
     choices, right = _answers(task, flat)
     group = flat.group if flat.group is not None else _group(task, fields, where)
     return Example(
@@ -93,7 +94,7 @@ def _answers(task: Task, flat: FlatRecord) -> tuple[tuple[str, ...], tuple[int, 
         return task.verbalisers, (_label(task, flat.fields, flat.where),)
     written = task.answer or ""
     if task.kind == "text":
-        texts = {field: _text(flat.fields, field, flat.where) for field in task.answer_fields}
+        texts = {field: _text(task, flat, field) for field in task.answer_fields}
         return (written.format(**texts),), (0,)
     right = tuple(flat.candidates.index(text) for text in flat.right)
     return tuple(written.format(**{ENTITY: text}) for text in flat.candidates), right
@@ -110,10 +111,10 @@ def _group(task: Task, record: Mapping[str, Any], where: str) -> str | None:
     return str(value)
 
 
-def _text(record: Mapping[str, Any], field: str, where: str) -> str:
-    value = str(member(record, field, str, where)).strip()
-    if not value:
-        raise DataError(f"{where}: field {field!r} is empty")
+def _text(task: Task, flat: FlatRecord, field: str) -> str:
+    value = str(member(flat.fields, field, str, flat.where)).strip()
+    if not value and field not in task.may_be_empty:
+        raise DataError(f"{flat.where}: field {field!r} is empty")
     return value
 
 
@@ -150,14 +151,15 @@ def _render(task: Task, texts: Mapping[str, str]) -> tuple[str, str, str]:
     return pieces[0], pieces[1], pieces[2]
 
 
-def _literals(template: str) -> list[str]:
+@lru_cache
+def _literals(template: str) -> tuple[str, ...]:
     """What stands before, between and after the fields."""
     literals = [""]
     for literal, field, _, _ in Formatter().parse(template):
         literals[-1] += literal
         if field is not None:
             literals.append("")
-    return literals
+    return tuple(literals)
 
 
 def _end_once(text: str, literal: str) -> tuple[str, str]:

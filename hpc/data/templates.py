@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from string import Formatter
 from typing import Literal
 
@@ -34,6 +35,8 @@ class Task:
     """Field of what must stay together on one client, where the publisher's format says nothing of it."""
     ends_once: tuple[str, ...] = ()
     """Fields whose own full stop or question mark takes the place of the template's."""
+    may_be_empty: tuple[str, ...] = ()
+    """Fields that are without text in some of the publisher's own records."""
     language: Language = "en"
 
     @property
@@ -58,6 +61,7 @@ class Task:
         return fields_in(self.answer or "")
 
 
+@lru_cache
 def fields_in(template: str) -> tuple[str, ...]:
     return tuple(field for _, field, _, _ in Formatter().parse(template) if field)
 
@@ -93,6 +97,7 @@ TASKS = (
         template='"{passage}" Question: {question} Is it answer "{answer}"?',
         answers=((1, " Yes"), (0, " No")),
         truncated="passage",
+        may_be_empty=("answer",),
     ),
     Task(name="record", template="[{passage}][{query}]", answer=" {entity}", truncated="passage"),
     Task(

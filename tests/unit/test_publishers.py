@@ -83,6 +83,11 @@ def test_texts_are_generated_and_have_no_choices() -> None:
     assert [FORMATS[task].language for task in ("xsum", "huatuo")] == ["en", "zh"]
 
 
+def test_an_answer_of_multirc_may_be_empty_as_in_the_published_files() -> None:
+    empty = changed("multirc", "", "passage", "questions", 0, "answers", 1, "text")
+    assert examples("multirc", empty)[1].prompt().endswith('Question: Who helps? Is it answer ""?')
+
+
 def without(task: str, *path: Any) -> dict[str, Any]:
     record: Any = copy.deepcopy(RECORDS[task])
     inner = record
