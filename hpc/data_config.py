@@ -115,6 +115,8 @@ class DataConfig:
     """Dirichlet concentration of the skew of labels or sizes; smaller is more skewed."""
     train_examples: int = 512
     """`ward_notes`: training examples of each client."""
+    max_train_examples: int = 0
+    """Training examples of each client at most, the first of its share; 0: all. For trials on a part of a data set."""
     val_examples: int = 64
     """Held-out examples of each client (at most; 0: no evaluation)."""
     evaluate_by: Literal["likelihood", "generation"] = "likelihood"
@@ -131,6 +133,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.alpha > 0, f"--data.alpha is {self.alpha}; it must be above 0")
         require_at_least("data.train_examples", self.train_examples, 1)
+        require_at_least("data.max_train_examples", self.max_train_examples, 0)
         require_at_least("data.val_examples", self.val_examples, 0)
         require_at_least("data.max_source_length", self.max_source_length, 8)
         require_at_least("data.max_target_length", self.max_target_length, 1)

@@ -18,10 +18,11 @@ from hpc.errors import DataError
 
 def training_examples(config: Config, client_id: int) -> list[Example]:
     """The client's own file, or its share of all clients' data."""
+    most = config.data.max_train_examples or None
     if config.data.partition == "files":
-        return _of_site(config, client_id, "train")
+        return _of_site(config, client_id, "train")[:most]
     pool = _pool(config, "train")
-    return [pool[index] for index in _shares(config, pool)[client_id]]
+    return [pool[index] for index in _shares(config, pool)[client_id][:most]]
 
 
 def held_out_examples(config: Config, client_id: int) -> list[Example]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from hpc.data.chat import answer_in_chat, in_chat
 from hpc.data.tasks import Example
 from hpc.errors import DataError
 
+INTERPOLATIONS = 6
 LEAST_CONTEXT = "."  # what an answer is tokenised behind, where the prompt ends with its passage
 
 
@@ -46,15 +48,24 @@ class Encoder:
         kept = self._encode_prompt(example.prompt(0)) if example.passage else whole
         if len(kept) > self.max_source_length:
             raise DataError(self._too_long(example, len(kept)))
-        # Bisection over characters works with every tokenizer, and `fits` is only ever a length that was tried.
-        fits, too_long = 0, len(example.passage)
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            ids = self._encode_prompt(example.prompt(middle))
-            if len(ids) <= self.max_source_length:
+        return self._longest_that_fits(example, kept, len(whole))
+
+    def _longest_that_fits(self, example: Example, kept: list[int], whole: int) -> list[int]:
+        """The prompt with as much of its passage as there is room for, which is less than all of it (`whole` tokens).
+
+        A search over characters works with every tokenizer, and `kept` is only ever a length that was tried. Tokens are
+        nearly in proportion to characters, so interpolation comes close at once; bisection ends what it cannot.
+        """
+        limit, fits, too_long = self.max_source_length, 0, len(example.passage)
+        tries = 0
+        while too_long - fits > 1 and len(kept) < limit:
+            share = (limit - len(kept)) / (whole - len(kept)) if tries < INTERPOLATIONS else 0.5
+            middle = min(max(fits + round((too_long - fits) * share), fits + 1), too_long - 1)
+            ids, tries = self._encode_prompt(example.prompt(middle)), tries + 1
+            if len(ids) <= limit:
                 fits, kept = middle, ids
             else:
-                too_long = middle
+                too_long, whole = middle, len(ids)
         return kept
 
     def _too_long(self, example: Example, tokens: int) -> str:
@@ -102,15 +113,15 @@ class Encoder:
         ids = self._encode(text)
         if _ends_prompts(self.tokenizer):
             return list(self.tokenizer.build_inputs_with_special_tokens(ids))
-        return [self.tokenizer.bos_token_id, *ids] if _adds_bos(self.tokenizer) else ids
+        return [self.tokenizer.bos_token_id, *ids] if self._adds_bos else ids
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        with_special, plain = (self.tokenizer("a", add_special_tokens=yes)["input_ids"] for yes in (True, False))
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and with_special[:1] == [bos] and plain[:1] != [bos]
 
 
 def _ends_prompts(tokenizer: Any) -> bool:
     """Whether tokens of its own stand between a prompt and its answer (ChatGLM)."""
     return bool(getattr(tokenizer, "ends_prompts", False))
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    with_special, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    bos = tokenizer.bos_token_id
-    return bos is not None and with_special[:1] == [bos] and plain[:1] != [bos]

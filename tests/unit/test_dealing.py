@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def numbered(task: str, count: int) -> list[dict[str, Any]]:
 def dealt(folder: Path, task: Any, records: list[dict[str, Any]], **data: Any) -> Config:
     write_lines(folder / "train.jsonl", *records)
     write_lines(folder / "val.jsonl", *records)
-    settings = {"alpha": 5.0, "val_examples": 1000, **data}
+    settings = {"alpha": 5.0, "val_examples": 1000, "partition": "iid", **data}
     return Config(data=DataConfig(task=task, data_dir=str(folder), **settings), train=TrainConfig(clients=CLIENTS))
 
 
@@ -131,3 +132,14 @@ def test_fewer_groups_than_clients_name_the_client(tmp_path: Path) -> None:
     config = dealt(tmp_path, "multirc", passages(2), partition="group")
     with pytest.raises(DataError, match=r"client 2 is left without examples.*only 2 groups"):
         training_examples(config, 0)
+
+
+@pytest.mark.parametrize("partition", ["iid", "size", "files"])
+def test_at_most_so_many_of_each_share_are_trained_on(tmp_path: Path, partition: str) -> None:
+    for client in range(CLIENTS):
+        config = dealt(tmp_path / str(client), "jsonl", numbered("jsonl", 48))
+    config = replace(config, data=replace(config.data, data_dir=str(tmp_path / "{client_id}"), partition=partition))
+    capped = replace(config, data=replace(config.data, max_train_examples=7))
+    for whole, share in zip(shares_of(config), shares_of(capped), strict=True):
+        assert share == whole[:7]
+        assert len(whole) > 7
