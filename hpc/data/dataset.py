@@ -209,8 +209,8 @@ def load_client_data(config: Config, client_id: int, tokenizer: Any) -> ClientDa
 def _eval_item(example: Example, encoder: Encoder) -> EvalItem:
     if len(example.choices) > MAX_CHOICES:
         raise DataError(
-            f"a held-out question has {len(example.choices)} candidates, more than the {MAX_CHOICES} that can be "
-            f"scored at once: shorten the list of {example.after.strip()!r:.80}"
+            f"{example.where}: a held-out question has {len(example.choices)} candidates, more than the {MAX_CHOICES} "
+            "that can be scored at once; shorten the list"
         )
     return EvalItem(
         prompt=encoder.prompt(example),

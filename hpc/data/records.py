@@ -36,7 +36,7 @@ def examples_of(task: Task, records: Iterable[tuple[str, Mapping[str, Any]]]) ->
     form = None
     for where, record in records:
         form = form or form_of(task, record)
-        examples += make_examples(form, record, where)
+        examples += make_examples(form, record, f"{form.name}, {where}")
     return examples
 
 

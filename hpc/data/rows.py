@@ -72,7 +72,7 @@ class Encoder:
         without = "with an empty passage" if example.passage else "and nothing in it may be shortened"
         remedy = "" if example.passage else ", name a field that may lose its end with --data.template.cut"
         return (
-            f"a question takes {tokens} tokens {without}, more than --data.max_source_length "
+            f"{_at(example)}a question takes {tokens} tokens {without}, more than --data.max_source_length "
             f"{self.max_source_length}: raise it{remedy}, or shorten {example.after.strip()!r:.80}"
         )
 
@@ -89,8 +89,8 @@ class Encoder:
             return (ids if end is None else [*ids, int(end)])[: self.max_target_length]
         if not 0 < len(ids) <= self.max_target_length:
             raise DataError(
-                f"the answer {answer!r} has {len(ids)} tokens; it must have 1 to --data.max_target_length "
-                f"{self.max_target_length}"
+                f"{_at(example)}the answer {answer!r} has {len(ids)} tokens; it must have 1 to "
+                f"--data.max_target_length {self.max_target_length}"
             )
         return ids
 
@@ -120,6 +120,10 @@ class Encoder:
         with_special, plain = (self.tokenizer("a", add_special_tokens=yes)["input_ids"] for yes in (True, False))
         bos = self.tokenizer.bos_token_id
         return bos is not None and with_special[:1] == [bos] and plain[:1] != [bos]
+
+
+def _at(example: Example) -> str:
+    return f"{example.where}: " if example.where else ""
 
 
 def _ends_prompts(tokenizer: Any) -> bool:

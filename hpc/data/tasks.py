@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from string import Formatter
 from typing import Any
@@ -39,6 +39,8 @@ class Example:
     """What must be on the same client."""
     question: str | None = None
     """MultiRC: examples with the same one are the answers to one question."""
+    where: str = field(default="", compare=False)
+    """Task, file and line."""
 
     @property
     def answer(self) -> str:
@@ -71,7 +73,7 @@ def make_example(task: Task, record: Mapping[str, Any], where: str) -> Example:
 
 def _example(task: Task, flat: FlatRecord) -> Example:
     where, fields = flat.where, flat.fields
-    before, passage, after = _render(task, {field: _text(task, flat, field) for field in task.fields})
+    before, passage, after = _render(task, {name: _text(task, flat, name) for name in task.fields})
     choices, right = _answers(task, flat)
     group = flat.group if flat.group is not None else _group(task, fields, where)
     return Example(
@@ -85,6 +87,7 @@ def _example(task: Task, flat: FlatRecord) -> Example:
         loses=task.loses,
         group=group,
         question=flat.question,
+        where=where,
     )
 
 
@@ -94,7 +97,7 @@ def _answers(task: Task, flat: FlatRecord) -> tuple[tuple[str, ...], tuple[int, 
         return task.verbalisers, (_label(task, flat.fields, flat.where),)
     written = task.answer or ""
     if task.kind == "text":
-        texts = {field: _text(task, flat, field) for field in task.answer_fields}
+        texts = {name: _text(task, flat, name) for name in task.answer_fields}
         return (written.format(**texts),), (0,)
     right = tuple(flat.candidates.index(text) for text in flat.right)
     return tuple(written.format(**{ENTITY: text}) for text in flat.candidates), right
@@ -111,10 +114,10 @@ def _group(task: Task, record: Mapping[str, Any], where: str) -> str | None:
     return str(value)
 
 
-def _text(task: Task, flat: FlatRecord, field: str) -> str:
-    value = str(member(flat.fields, field, str, flat.where)).strip()
-    if not value and field not in task.may_be_empty:
-        raise DataError(f"{flat.where}: field {field!r} is empty")
+def _text(task: Task, flat: FlatRecord, name: str) -> str:
+    value = str(member(flat.fields, name, str, flat.where)).strip()
+    if not value and name not in task.may_be_empty:
+        raise DataError(f"{flat.where}: field {name!r} is empty")
     return value
 
 
@@ -142,9 +145,9 @@ def _render(task: Task, texts: Mapping[str, str]) -> tuple[str, str, str]:
     literals = _literals(task.template)
     pieces, current = ["", "", ""], 0 if task.truncated else 2
     pieces[current] = literals[0]
-    for field, literal in zip(task.fields, literals[1:], strict=True):
-        text, literal = _end_once(texts[field], literal) if field in task.ends_once else (texts[field], literal)
-        if field == task.truncated:
+    for name, literal in zip(task.fields, literals[1:], strict=True):
+        text, literal = _end_once(texts[name], literal) if name in task.ends_once else (texts[name], literal)
+        if name == task.truncated:
             pieces[1:], current = [text, literal], 2
         else:
             pieces[current] += text + literal
@@ -155,9 +158,9 @@ def _render(task: Task, texts: Mapping[str, str]) -> tuple[str, str, str]:
 def _literals(template: str) -> tuple[str, ...]:
     """What stands before, between and after the fields."""
     literals = [""]
-    for literal, field, _, _ in Formatter().parse(template):
+    for literal, name, _, _ in Formatter().parse(template):
         literals[-1] += literal
-        if field is not None:
+        if name is not None:
             literals.append("")
     return tuple(literals)
 

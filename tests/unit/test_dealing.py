@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from hpc.config import Config, DataConfig, TemplateConfig, TrainConfig
+from hpc.data.dataset import load_client_data
 from hpc.data.examples import held_out_examples, training_examples
 from hpc.data.tasks import Example
 from hpc.errors import DataError
+from hpc.source.tiny import tiny_llama_folder
 from tests.unit.task_records import RECORDS, write_lines
 
 ShareOf = Callable[[Config, int], list[Example]]
@@ -126,6 +129,42 @@ def test_a_limit_below_one_question_is_refused(tmp_path: Path) -> None:
     config = dealt(tmp_path, "multirc", [record], partition="iid", val_examples=2)
     with pytest.raises(DataError, match=r"--data.val_examples 2 is less than the answers of one question"):
         held_out_examples(Config(data=config.data, train=TrainConfig(clients=1)), 0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"max_source_length": 200}, r":3: a question takes \d+ tokens"),
+        ({"max_source_length": 900, "max_target_length": 3}, r":\d: the answer ' Yes' has 4 tokens"),
+    ],
+)
+def test_what_is_too_long_is_named_with_its_task_file_and_line(
+    tmp_path: Path, limits: dict[str, int], words: str
+) -> None:
+    records = numbered("boolq", 4)
+    records[2]["question"] = "is this " * 40
+    whole = replace(dealt(tmp_path, "boolq", records, **limits), train=TrainConfig(clients=1))
+    with pytest.raises(DataError, match=rf"^boolq, .*\.jsonl{words}"):
+        load_client_data(whole, 0, AutoTokenizer.from_pretrained(tiny_llama_folder(seed=0)))
+
+
+def test_more_candidates_than_a_link_takes_are_refused(tmp_path: Path) -> None:
+    record = copy.deepcopy(RECORDS["record"])
+    names = [f"N{number}" for number in range(65)]
+    starts = [len(" ".join([record["passage"]["text"], *names[:place]])) + 1 for place in range(65)]
+    record["passage"]["text"] = " ".join([record["passage"]["text"], *names])
+    record["passage"]["entities"] += [
+        {"start": start, "end": start + len(name) - 1} for start, name in zip(starts, names, strict=True)
+    ]
+    whole = replace(dealt(tmp_path, "record", [record]), train=TrainConfig(clients=1))
+    with pytest.raises(DataError, match=r"^record, .*val.jsonl:1, query 0: .* 68 candidates, more than the 64"):
+        load_client_data(whole, 0, AutoTokenizer.from_pretrained(tiny_llama_folder(seed=0)))
+
+
+def test_a_broken_record_is_named_with_its_task_file_and_line(tmp_path: Path) -> None:
+    records = [*numbered("boolq", 2), {"passage": "x", "label": True}]
+    with pytest.raises(DataError, match=r"^boolq, .*/train.jsonl:3: no field 'question'; the record has 'passage'"):
+        training_examples(dealt(tmp_path, "boolq", records), 0)
 
 
 def test_fewer_groups_than_clients_name_the_client(tmp_path: Path) -> None:
