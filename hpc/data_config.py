@@ -126,6 +126,9 @@ class DataConfig:
     the question."""
     max_target_length: int = 16
     """Longest answer (tokens). Longer reference texts lose their end; longer choices are refused."""
+    save_predictions: bool = False
+    """Each client writes what was predicted for its held-out examples, with the right answers, to
+    roles/<role>/predictions-<step>-client-<k>.jsonl, which only its owner can read."""
     chat_template: bool = False
     """Put the prompt into the chat template that the model's tokenizer brings."""
     template: TemplateConfig = field(default_factory=TemplateConfig)

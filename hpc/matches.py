@@ -6,11 +6,13 @@ Shape suffixes: B rows, T columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hpc.data.dataset import EvalItem
+from hpc.config import Config
+from hpc.data.dataset import ClientData, EvalItem
 from hpc.model.continued import ContinuedLM
 from hpc.ragged import left_mask
 
@@ -35,6 +37,29 @@ def decoded_texts(
         for chunk in _chunks(items, rows)
         for ids in _decode(model, chunk, max_new_tokens, tokenizer.eos_token_id)
     ]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Decoded:
+    """What came of decoding one client's held-out answers."""
+
+    matched: int | None = None
+    """How many are the right ones, token for token; none: nothing was decoded."""
+    texts: list[str] | None = None
+    """The answers themselves, where they are kept."""
+
+
+def decode_held_out(model: ContinuedLM, data: ClientData, config: Config) -> Decoded:
+    """One client's held-out answers, decoded as the configuration asks."""
+    rows = config.train.eval_batch_size
+    matched = count_matches(model, data.val_items, rows=rows)
+    if not config.data.save_predictions:
+        return Decoded(matched=matched)
+    # Only texts are learnt with an end; after a label there is nothing to be read.
+    longest = max((len(ids) for item in data.val_items for ids in item.choices), default=1)
+    limit = longest if data.chooses else config.data.max_target_length
+    texts = decoded_texts(model, data.val_items, data.tokenizer, rows=rows, max_new_tokens=limit)
+    return Decoded(matched=matched, texts=texts)
 
 
 def _matches(model: ContinuedLM, items: Sequence[EvalItem]) -> int:

@@ -70,6 +70,8 @@ class ClientData:
     train_rows: list[Row]
     val: list[Example]
     val_items: list[EvalItem]
+    tokenizer: Any = None
+    """The one that made the rows; it turns what is decoded into text."""
 
     def train_batch(self, step: int) -> Batch:
         """The client's `step`-th batch (from 0), always of `per_client_batch_size` rows.
@@ -203,6 +205,7 @@ def load_client_data(config: Config, client_id: int, tokenizer: Any) -> ClientDa
         train_rows=[encoder.row(example) for example in training_examples(config, client_id)],
         val=val,
         val_items=[_eval_item(example, encoder) for example in val],
+        tokenizer=tokenizer,
     )
 
 

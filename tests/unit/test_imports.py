@@ -55,6 +55,7 @@ FLOORS = {
     "hpc.served_decoding": 3,
     "hpc.split_chain": 3,
     "hpc.matches": 3,
+    "hpc.predictions": 3,
     "hpc.server_side": 3,
     "hpc.server_step": 3,
     "hpc.shared_step": 3,

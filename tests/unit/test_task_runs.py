@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hpc.config import Config, DataConfig, ModelConfig, TrainConfig
 from hpc.data.dataset import ClientData, EvalItem, load_client_data, score_eval
+from hpc.data.examples import held_out_examples
 from hpc.matches import count_matches, decoded_texts
 from hpc.model.build import ModelBuilder
 from hpc.model.continued import ContinuedLM, WholeChain
@@ -42,7 +44,14 @@ def config_of(folder: Path, task: Any, **train: Any) -> Config:
     write_lines(folder / "train.jsonl", *records(task, 8))
     write_lines(folder / "val.jsonl", *records(task, 6))
     data = DataConfig(
-        task=task, data_dir=str(folder), partition="iid", max_source_length=160, max_target_length=24, val_examples=5
+        task=task,
+        data_dir=str(folder),
+        partition="iid",
+        max_source_length=160,
+        max_target_length=24,
+        val_examples=5,
+        evaluate_by="generation" if task in ("record", "xsum") else "likelihood",
+        save_predictions=True,
     )
     settings = {"clients": 2, "max_steps": 2, "per_client_batch_size": 2, "schedule": "client_batch", **train}
     return Config(model=ModelConfig(name_or_path="tiny-llama"), data=data, train=TrainConfig(**settings))
@@ -60,6 +69,16 @@ def evaluations(folder: Path) -> dict[tuple[int, int], tuple[int | None, int, fl
     return found
 
 
+def predictions(folder: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """(step, client) → the lines of its file, which nobody else can read."""
+    found = {}
+    for path in (folder / "roles").glob("*/predictions-*.jsonl"):
+        assert path.stat().st_mode & 0o777 == 0o600
+        _, step, _, client = path.stem.split("-")
+        found[int(step), int(client)] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return found
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_split_run_learns_and_scores_as_the_whole_model(tmp_path: Path, task: str) -> None:
     split = run_split(config_of(tmp_path / "data", task), tmp_path / "split")
@@ -72,6 +91,20 @@ def test_a_split_run_learns_and_scores_as_the_whole_model(tmp_path: Path, task: 
         assert (correct, total) == other[key][:2]
         assert loss_sum == pytest.approx(other[key][2], rel=1e-5)
         assert (correct is None) == (task in ("xsum", "huatuo"))
+    predicted = predictions(tmp_path / "split")
+    assert predicted == predictions(tmp_path / "whole")
+    assert predicted.keys() == one.keys()
+    config = config_of(tmp_path / "data", task)
+    for (step, client), lines in predicted.items():
+        examples = held_out_examples(config, client)
+        assert [line["right"] for line in lines] == [[e.choices[i].strip() for i in e.right] for e in examples]
+        assert [line["question"] for line in lines] == [example.question for example in examples]
+        assert all((line["decoded"] is None) == (task in ("multirc", "huatuo")) for line in lines)
+        assert all((line["chosen"] is None) == (task in ("xsum", "huatuo")) for line in lines)
+        correct, total, _ = one[step, client]
+        assert len(lines) == total
+        if correct is not None:
+            assert sum(line["choices"][line["chosen"]] in line["right"] for line in lines) == correct
 
 
 @pytest.fixture(scope="module")
