@@ -24,7 +24,13 @@ def task_of(data: DataConfig) -> Task:
         group_field=template.group_field or task.group_field,
         language=template.language or task.language,
     )
-    return _cut(_answered(changed, template), template.cut)
+    changed = _cut(_answered(changed, template), template.cut)
+    require(
+        template.label_field is None or changed.kind == "labels",
+        f"--data.template.label_field {template.label_field}: {task.name} has no labels"
+        + ("; say which there are with --data.template.verbalisers" if task.name == "jsonl" else ""),
+    )
+    return changed
 
 
 def _answered(task: Task, template: TemplateConfig) -> Task:

@@ -75,6 +75,8 @@ def test_a_field_named_by_the_configuration_must_be_there() -> None:
         ("rte", {"verbalisers": {"yes": " a", "no": " b"}}, ["yes, no", "entailment, not_entailment"]),
         ("xsum", {"verbalisers": {"a": " a", "b": " b"}}, ["xsum has no labels", "data.template.answer"]),
         ("record", {"answer": " {query}"}, ["record", "{entity}"]),
+        ("jsonl", {"label_field": "mood"}, ["label_field mood", "jsonl has no labels", "data.template.verbalisers"]),
+        ("xsum", {"label_field": "mood"}, ["label_field mood", "xsum has no labels"]),
         ("rte", {"cut": "passage"}, ["data.template.cut passage", "hypothesis, premise"]),
         ("jsonl", {"prompt": "no field"}, ["data.template.prompt", "names no field"]),
         ("jsonl", {"prompt": "{open"}, ["data.template.prompt", "'{open'", "{{"]),
