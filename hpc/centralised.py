@@ -21,10 +21,11 @@ from hpc.early_stopping import Patience, majority
 from hpc.errors import NonFinite, Paused
 from hpc.export.save import save_centralised_adapter
 from hpc.learner import Learner, seed_dropout, tail_loss_sum
-from hpc.matches import count_matches
+from hpc.matches import Decoded, decode_held_out
 from hpc.model.continued import ContinuedLM, WholeChain
 from hpc.model.part import LabelPositions, Part
 from hpc.optim import MAX_SKIPS, Decision, LossScale, decide, global_norm, square_sum
+from hpc.predictions import write_predictions
 from hpc.report.events import Evaluation, EventLog, WholeStep
 from hpc.saving import Saver
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
@@ -165,31 +166,35 @@ class Centralised:
         self.model.eval()
         for client_id, data in enumerate(self.data):
             correct = total = label_tokens = 0
-            loss_sum = 0.0
+            loss_sum, predictions = 0.0, list[int]()
             for batch in data.eval_batches(self.train.eval_batch_size):
                 logits_LV = self.model(batch.ids_BT.to(self.device), self._labels(batch)[0]).float().cpu()
                 score = score_eval(batch, logits_LV)
                 correct, total = correct + score.correct, total + score.total
                 loss_sum, label_tokens = loss_sum + score.loss_sum, label_tokens + score.label_tokens
+                predictions += score.predictions
+            decoded = self._decoded(data) if self.config.data.decodes else Decoded()
+            if self.config.data.save_predictions:
+                write_predictions(self.log.path.parent, step, data, predictions, decoded.texts)
             self._patience[client_id].take(loss_sum / label_tokens if label_tokens else math.nan)
             self.log.write(
                 Evaluation(
                     step=step,
                     client_id=client_id,
-                    correct=correct,
+                    correct=correct if data.chooses else None,
                     total=total,
                     loss_sum=loss_sum,
                     label_tokens=label_tokens,
-                    matched=self._matches(data) if self.config.data.decodes else None,
+                    matched=decoded.matched,
                 )
             )
         _log.info("evaluation after step %d: done", step)
         self.model.train()
 
-    def _matches(self, data: ClientData) -> int:
+    def _decoded(self, data: ClientData) -> Decoded:
         config = self.model.model.config
         model = ContinuedLM(config, lambda rows: WholeChain(self.model, rows), device=self.device)
-        return count_matches(model, data.val_items, rows=self.train.eval_batch_size)
+        return decode_held_out(model, data, self.config)
 
     def _labels(self, batch: Batch) -> tuple[LabelPositions, torch.Tensor]:
         positions = LabelPositions(

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -51,12 +51,16 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, Nam
 
 def valid_keys() -> list[str]:
     """All dotted keys of the configuration."""
-    keys = []
-    for field in fields(Config):
-        group = get_type_hints(Config)[field.name]
-        assert is_dataclass(group)
-        keys += [f"{field.name}.{inner.name}" for inner in fields(group)]
-    return keys
+    return list(_keys_of(Config))
+
+
+def _keys_of(group: Any, prefix: str = "") -> Iterator[str]:
+    kinds = get_type_hints(group)
+    for field in fields(group):
+        if is_dataclass(kinds[field.name]):
+            yield from _keys_of(kinds[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
 
 
 def _one_line(message: str) -> str:

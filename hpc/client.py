@@ -28,9 +28,10 @@ from hpc.link.channel import Channel
 from hpc.link.frame import DONATES, HAS_START, NEEDS_STATE, NOT_WRITTEN, WOULD_STOP, Frame, Header
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
-from hpc.matches import count_matches
+from hpc.matches import Decoded, decode_held_out
 from hpc.model.continued import ContinuedLM
 from hpc.model.part import Part
+from hpc.predictions import write_predictions
 from hpc.programs import Traits, client_step, client_sync
 from hpc.ragged import pad
 from hpc.report.events import ClientStep, Evaluation, EventLog
@@ -281,7 +282,8 @@ class Client:
         for part in (self.head, self.tail):
             part.eval()
         correct = total = label_tokens = 0
-        losses = []
+        losses: list[float] = []
+        predictions: list[int] = []
         for batch in self._eval_batches:
             layout_B2 = self.head.layout_of(batch.ids_BT)
             self.link.send_rows(
@@ -298,25 +300,34 @@ class Client:
             correct, total = correct + score.correct, total + score.total
             label_tokens += score.label_tokens
             losses.append(score.loss_sum)
-        matched = self._matches() if self.config.data.decodes else None
+            predictions += score.predictions
+        decoded = self._decoded() if self.config.data.decodes else Decoded()
         for part in (self.head, self.tail):
             part.train()
         loss_sum = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+        if self.config.data.save_predictions:
+            write_predictions(self.log.path.parent, step, self.data, predictions, decoded.texts)
         self._patience.take(loss_sum / label_tokens if label_tokens else math.nan)
-        _log.info("evaluation after step %d: %d of %d right", step, correct, total)
+        found = f"{correct} of {total} right" if self.data.chooses else f"{total} texts"
+        _log.info("evaluation after step %d: %s", step, found)
         self.log.write(
             Evaluation(
-                step=step, correct=correct, total=total, loss_sum=loss_sum, label_tokens=label_tokens, matched=matched
+                step=step,
+                correct=correct if self.data.chooses else None,
+                total=total,
+                loss_sum=loss_sum,
+                label_tokens=label_tokens,
+                matched=decoded.matched,
             )
         )
 
-    def _matches(self) -> int:
+    def _decoded(self) -> Decoded:
         """Decode the answers to the held-out examples, the trunk's keys and values staying there."""
         chains = SplitChains(self.head, self.tail, self.link)
         model = ContinuedLM(self.head.model.config, chains.open, device=self.device)
-        matched = count_matches(model, self.data.val_items, rows=self.train.eval_batch_size)
+        decoded = decode_held_out(model, self.data, self.config)
         chains.enough()
-        return matched
+        return decoded
 
     def _votes_to_end(self, step: int) -> bool:
         """Say whether this client would stop, and learn whether the run does; no loss is told."""

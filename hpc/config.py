@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import List, Literal, Optional
 
+from hpc.data_config import DataConfig, TemplateConfig
 from hpc.rules import require, require_at_least
 from hpc.train_config import MAX_ROWS, TrainConfig
 
@@ -21,6 +22,7 @@ __all__ = [
     "LinkConfig",
     "ModelConfig",
     "RunConfig",
+    "TemplateConfig",
     "TrainConfig",
     "TrunkConfig",
 ]
@@ -79,69 +81,6 @@ class AdapterConfig:
         require(0 <= self.lora_dropout < 1, f"--adapter.lora_dropout is {self.lora_dropout}; it must be in [0, 1)")
         require(bool(self.parts), "--adapter.parts is empty, so nothing would learn; name head, trunk or tail")
         require(len(set(self.parts)) == len(self.parts), f"--adapter.parts {self.parts} names a part twice")
-
-
-@dataclass(kw_only=True, frozen=True)
-class DataConfig:
-    """Each client's private text."""
-
-    task: Literal["ward_notes", "boolq", "jsonl"] = "ward_notes"
-    """`ward_notes` is generated; `boolq` and `jsonl` read files in BoolQ's format (passage, question, label)."""
-    train_file: Optional[str] = None
-    """JSON-lines file; `{client_id}` in the path gives each client its own."""
-    val_file: Optional[str] = None
-    """Held-out JSON-lines file; may contain `{client_id}`."""
-    partition: Literal["iid", "dirichlet", "files"] = "files"
-    """How one data set is dealt to the clients; `files`: each client's data is its own already."""
-    alpha: float = 0.5
-    """Dirichlet concentration of the label skew; smaller is more skewed."""
-    train_examples: int = 512
-    """`ward_notes`: training examples of each client."""
-    val_examples: int = 64
-    """Held-out examples of each client (at most; 0: no evaluation)."""
-    evaluate_by: Literal["likelihood", "generation"] = "likelihood"
-    """`likelihood` scores the answers that there are; `generation` also decodes one (greedily) and compares it."""
-    max_source_length: int = 512
-    """Longest prompt (tokens); longer passages lose their end, never the question."""
-    max_target_length: int = 16
-    """Longest answer (tokens)."""
-
-    def __post_init__(self) -> None:
-        require(self.alpha > 0, f"--data.alpha is {self.alpha}; it must be above 0")
-        require_at_least("data.train_examples", self.train_examples, 1)
-        require_at_least("data.val_examples", self.val_examples, 0)
-        require_at_least("data.max_source_length", self.max_source_length, 8)
-        require_at_least("data.max_target_length", self.max_target_length, 1)
-        needs_file = self.task != "ward_notes"
-        require(
-            not needs_file or self.train_file is not None,
-            f"--data.task {self.task} reads files; give --data.train_file",
-        )
-        require(
-            needs_file or (self.train_file is None and self.val_file is None),
-            "--data.task ward_notes generates its data; for files use --data.task jsonl",
-        )
-        if self.partition == "files" and needs_file:
-            require(
-                "{client_id}" in str(self.train_file),
-                "--data.partition files needs {client_id} in --data.train_file; "
-                "to deal one file out to the clients use --data.partition iid or dirichlet",
-            )
-
-    @property
-    def longest_row(self) -> int:
-        """Most tokens of a prompt and its answer."""
-        return self.max_source_length + self.max_target_length
-
-    @property
-    def decodes(self) -> bool:
-        """Whether evaluation generates."""
-        return self.evaluates and self.evaluate_by == "generation"
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether there are held-out examples to score."""
-        return self.val_examples > 0 and (self.task == "ward_notes" or self.val_file is not None)
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -1,15 +1,18 @@
-"""Held-out answers decoded, and compared token for token with the right ones.
+"""Held-out answers decoded: compared token for token with the right ones, or as texts for the metrics.
 
 Shape suffixes: B rows, T columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from hpc.data.dataset import EvalItem
+from hpc.config import Config
+from hpc.data.dataset import ClientData, EvalItem
 from hpc.model.continued import ContinuedLM
 from hpc.ragged import left_mask
 
@@ -19,24 +22,70 @@ def count_matches(model: ContinuedLM, items: Sequence[EvalItem], *, rows: int) -
 
     It is given as many tokens as the right answer has.
     """
-    chunks = [items[first : first + rows] for first in range(0, len(items), rows)]
-    return sum(_matches(model, chunk) for chunk in chunks)
+    return sum(_matches(model, chunk) for chunk in _chunks(items, rows))
+
+
+def decoded_texts(
+    model: ContinuedLM, items: Sequence[EvalItem], tokenizer: Any, *, rows: int, max_new_tokens: int
+) -> list[str]:
+    """The model's own answer to each example, decoded greedily, `rows` examples at a time.
+
+    An answer ends with the tokenizer's end of text, or after `max_new_tokens`; white space around it is taken off.
+    """
+    return [
+        str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        for chunk in _chunks(items, rows)
+        for ids in _decode(model, chunk, max_new_tokens, tokenizer.eos_token_id)
+    ]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Decoded:
+    """What came of decoding one client's held-out answers."""
+
+    matched: int | None = None
+    """How many are the right ones, token for token; none: nothing was decoded."""
+    texts: list[str] | None = None
+    """The answers themselves, where they are kept."""
+
+
+def decode_held_out(model: ContinuedLM, data: ClientData, config: Config) -> Decoded:
+    """One client's held-out answers, decoded as the configuration asks."""
+    rows = config.train.eval_batch_size
+    matched = count_matches(model, data.val_items, rows=rows)
+    if not config.data.save_predictions:
+        return Decoded(matched=matched)
+    # Only texts are learnt with an end; after a label there is nothing to be read.
+    longest = max((len(ids) for item in data.val_items for ids in item.choices), default=1)
+    limit = longest if data.chooses else config.data.max_target_length
+    texts = decoded_texts(model, data.val_items, data.tokenizer, rows=rows, max_new_tokens=limit)
+    return Decoded(matched=matched, texts=texts)
 
 
 def _matches(model: ContinuedLM, items: Sequence[EvalItem]) -> int:
     gold = [item.choices[item.gold] for item in items]
+    # No end of text: rows are compared as far as the right answer goes.
+    found = _decode(model, items, max(map(len, gold)), end=None)
+    return sum(row[: len(ids)] == ids for row, ids in zip(found, gold, strict=True))
+
+
+def _chunks(items: Sequence[EvalItem], rows: int) -> Iterator[Sequence[EvalItem]]:
+    return (items[first : first + rows] for first in range(0, len(items), rows))
+
+
+def _decode(model: ContinuedLM, items: Sequence[EvalItem], max_new_tokens: int, end: int | None) -> list[list[int]]:
+    """The new ids of each row, up to its first `end`."""
     mask_BT = left_mask([len(item.prompt) for item in items])
     ids_BT = torch.zeros_like(mask_BT)
     for row_T, item in zip(ids_BT, items, strict=True):
         row_T[len(row_T) - len(item.prompt) :] = torch.tensor(item.prompt)
-    longest = max(map(len, gold))
-    model.generation_config.eos_token_id = None  # rows are compared as far as the right answer goes
+    model.generation_config.eos_token_id = end
     found_BT = model.generate(
         ids_BT.to(model.device),
         attention_mask=mask_BT.to(model.device),
-        max_new_tokens=longest,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        pad_token_id=0,
+        pad_token_id=0 if end is None else end,
     )[:, mask_BT.shape[1] :].tolist()
-    return sum(row[: len(ids)] == ids for row, ids in zip(found_BT, gold, strict=True))
+    return [row[: row.index(end)] if end in row else row for row in found_BT]

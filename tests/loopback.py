@@ -255,6 +255,6 @@ def correct_of(folder: Path) -> dict[int, int]:
     found: dict[int, int] = {}
     for path in sorted((folder / "roles").glob("c*/metrics.jsonl")):
         for event in read_events(path):
-            if event["event"] == "eval":
+            if event["event"] == "eval" and event["correct"] is not None:
                 found[event["step"]] = found.get(event["step"], 0) + event["correct"]
     return found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpc.data.tasks import Example, Task, make_example
+from hpc.data.tasks import Example, Task, form_of, make_examples
 from hpc.errors import DataError
 
 CLIENT_ID = "{client_id}"
@@ -24,9 +24,19 @@ def read_examples(path: Path, task: Task, *, flag: str) -> list[Example]:
     `flag` is the option that named the file. Raises `DataError`: no such file, not UTF-8, a line that is no JSON
     object, a field that is missing or of the wrong type, an unknown label, or no record at all.
     """
-    examples = [make_example(task, record, where) for where, record in read_records(path, flag=flag)]
+    examples = examples_of(task, read_records(path, flag=flag))
     if not examples:
-        raise DataError(f"{path} ({flag}) holds no records; expected one JSON object a line")
+        raise DataError(f"{path} ({flag}) holds no records of {task.name}; expected one JSON object a line")
+    return examples
+
+
+def examples_of(task: Task, records: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Example]:
+    """The examples in records that each come with their place. The first record tells the form of `jsonl`."""
+    examples: list[Example] = []
+    form = None
+    for where, record in records:
+        form = form or form_of(task, record)
+        examples += make_examples(form, record, f"{form.name}, {where}")
     return examples
 
 

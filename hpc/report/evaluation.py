@@ -73,8 +73,11 @@ def _exact_match(steps: Sequence[Sequence[Event]]) -> dict[str, float]:
 
 
 def _accuracy(parts: Sequence[Event]) -> float | None:
-    total = sum(part["total"] for part in parts)
-    return sum(part["correct"] for part in parts) / total if total else None
+    """None without examples, or where texts are generated instead of choices made."""
+    told = [part for part in parts if part["total"]]
+    if not told or any(part["correct"] is None for part in told):
+        return None
+    return float(sum(part["correct"] for part in told) / sum(part["total"] for part in told))
 
 
 def _loss(parts: Sequence[Event]) -> float | None:

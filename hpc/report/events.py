@@ -95,7 +95,8 @@ class Evaluation:
 
     name: ClassVar[str] = "eval"
     step: int
-    correct: int
+    correct: int | None
+    """Examples of which the likeliest choice is right; none: texts to generate, which have no choices."""
     total: int
     client_id: int | None = None
     """Needed only from the role `centralised`; a client's role says who it is."""

@@ -47,7 +47,8 @@ def _of_role(role: str, event: Event) -> Iterator[Scalar]:
     step, when = event["step"], event["time"]
     if event["event"] == "eval" and event["total"]:
         client = role if event.get("client_id") is None else f"client-{event['client_id']}"
-        yield f"accuracy/{client}", event["correct"] / event["total"], step, when
+        if event["correct"] is not None:
+            yield f"accuracy/{client}", event["correct"] / event["total"], step, when
         if event.get("label_tokens"):
             yield f"held_out_loss/{client}", event["loss_sum"] / event["label_tokens"], step, when
     if event["event"] != "step":

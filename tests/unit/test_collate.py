@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hpc.data.collate import Row, answer_ids, collate, make_row, prompt_ids, union
+from hpc.data.collate import collate, union
+from hpc.data.rows import Encoder, Row
 from hpc.data.tasks import FORMATS, Example, make_example
 from hpc.errors import DataError
 from hpc.source.tiny import tiny_llama_folder
 
-LIMITS = {"max_source_length": 512, "max_target_length": 16}
+
+def encoder(tokenizer: Any, source: int = 512, target: int = 16) -> Encoder:
+    return Encoder(tokenizer=tokenizer, max_source_length=source, max_target_length=target)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def test_a_union_of_batches_is_the_batch_of_all_rows(rows: list[Row], cut: int) 
 
 
 def test_a_row_is_the_prompt_and_the_answer(bytewise: Any) -> None:
-    row = make_row(example(), bytewise, **LIMITS)
+    row = encoder(bytewise).row(example())
     assert bytewise.decode(row.ids[: row.prompt_len]) == "Blue. Question: is it? Answer:"
     assert bytewise.decode(row.ids[row.prompt_len :]) == " Yes"
 
@@ -96,14 +99,14 @@ def test_a_row_is_the_prompt_and_the_answer(bytewise: Any) -> None:
 @pytest.mark.parametrize("eos", [True, False])
 def test_bos_is_there_if_the_tokenizer_adds_it_and_eos_never(bos: bool, eos: bool) -> None:
     tokenizer = with_special(bos=bos, eos=eos)
-    words = tokenizer.convert_ids_to_tokens(make_row(example(label=False), tokenizer, **LIMITS).ids)
+    words = tokenizer.convert_ids_to_tokens(encoder(tokenizer).row(example(label=False)).ids)
     assert words == ["<s>"] * bos + ["Blue", ".", "Question", ":", "is", "it", "?", "Answer", ":", "No"]
 
 
 @pytest.mark.parametrize("limit", [35, 40, 60, 77, 78, 79, 80])
 def test_truncation_shortens_the_passage_only(bytewise: Any, limit: int) -> None:
     passage = "".join(f"{number:03d} " for number in range(12)).strip()
-    ids = prompt_ids(example(passage=passage), bytewise, limit)
+    ids = encoder(bytewise, limit).prompt(example(passage=passage))
     before, _, after = bytewise.decode(ids).partition(".")
     assert after == " Question: is it? Answer:"
     assert passage.startswith(before)
@@ -114,16 +117,16 @@ def test_truncation_shortens_the_passage_only(bytewise: Any, limit: int) -> None
 
 def test_truncation_keeps_bos() -> None:
     tokenizer = with_special(bos=True, eos=True)
-    ids = prompt_ids(example(passage="x x x x x x x x x"), tokenizer, 12)
+    ids = encoder(tokenizer, 12).prompt(example(passage="x x x x x x x x x"))
     assert tokenizer.convert_ids_to_tokens(ids)[:6] == ["<s>", "x", "x", "x", ".", "Question"]
     assert len(ids) == 12
 
 
 def test_a_question_that_does_not_fit_is_refused(bytewise: Any) -> None:
     with pytest.raises(DataError, match=r"26 tokens with an empty passage.*max_source_length 25"):
-        prompt_ids(example(passage="long " * 20), bytewise, 25)
+        encoder(bytewise, 25).prompt(example(passage="long " * 20))
 
 
 def test_an_answer_that_does_not_fit_is_refused(bytewise: Any) -> None:
     with pytest.raises(DataError, match=r"' Yes' has 4 tokens.*max_target_length 3"):
-        answer_ids(example(), " Yes", bytewise, 3)
+        encoder(bytewise, target=3).answer(example(), " Yes")

@@ -21,12 +21,12 @@ def prompt(**changes: object) -> str:
 def test_the_papers_prompt_and_answers() -> None:
     example = make_example(BOOLQ, record(), "file:1")
     assert example.prompt() == "The sky is blue. Question: is the sky blue? Answer:"
-    assert example.verbalisers == (" Yes", " No")
+    assert example.choices == (" Yes", " No")
     assert (example.answer, make_example(BOOLQ, record(label=False), "file:1").answer) == (" Yes", " No")
 
 
-@pytest.mark.parametrize("task", ["ward_notes", "boolq", "jsonl"])
-def test_every_data_task_has_a_format(task: str) -> None:
+@pytest.mark.parametrize("task", ["ward_notes", "boolq"])
+def test_ward_notes_are_worded_as_boolq(task: str) -> None:
     assert FORMATS[task].fields == ("passage", "question")
 
 
