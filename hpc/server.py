@@ -16,7 +16,7 @@ from hpc.acts import Micro, Recv
 from hpc.admission import Admission
 from hpc.aggregate import TrunkGroup
 from hpc.checkpoint import UNNAMED, Attempt
-from hpc.config import Config
+from hpc.config import MAX_ROWS, Config
 from hpc.early_stopping import majority
 from hpc.errors import Paused, PeerLost, ProtocolError
 from hpc.export.wire import send_trunk_adapter
@@ -100,7 +100,8 @@ class Server:
             watch=Stopwatch(),
         )
         self.saver = Saver(config=config, folder=folder, role=f"trunk-{group.rank}", attempt=attempt, log=log)
-        batches = -(-config.data.val_examples // config.train.eval_batch_size) if config.data.evaluates else 0
+        # A batch has at least one row, and an example a row for each answer that is compared.
+        batches = config.data.val_examples * MAX_ROWS if config.data.evaluates else 0
         self.reception = Reception(
             self.side, admission, most_batches=batches, on_return=self._empty_cache, check_key=check_key
         )
