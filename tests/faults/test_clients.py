@@ -30,7 +30,7 @@ def noticed_s(event: Event, at: float) -> float:
     return float(event["time"]) - at
 
 
-@pytest.mark.parametrize("place", ["sending", "computing", "waiting"])
+@pytest.mark.parametrize("place", ["sending", pytest.param("computing", marks=pytest.mark.long), "waiting"])
 def test_a_client_is_killed(place: str, nursery: Nursery, keys: Path, tmp_path: Path) -> None:
     """The step under way is dropped for it; who notices, and when, does not depend on what it was doing."""
     with federation(nursery, tmp_path, keys, *SPARING) as run:

@@ -75,7 +75,7 @@ def test_centralised_equals_plain_pytorch(adapter: str, clients: int, tmp_path: 
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("clients", [1, 2, 3])
+@pytest.mark.parametrize("clients", [1, pytest.param(2, marks=pytest.mark.long), 3])
 def test_client_batch_equals_the_union_batch(adapter: str, clients: int, tmp_path: Path) -> None:
     config = tiny(adapter, schedule="client_batch", clients=clients, max_steps=50)
     split = run_split(config, tmp_path / "split")
