@@ -180,6 +180,7 @@ class Served:
 
     def take_back(self, client: int, channel: Channel, step: int) -> None:
         """A client that was lost has a new link."""
+        assert isinstance(self.inbox, ReadingInbox), "only a run that spares clients takes one back"
         if client in self.channels:
             if client not in self.lost:
                 self.lose(client, step, PeerLost(f"{channel.peer} ended, and came back before that was noticed"))

@@ -52,10 +52,6 @@ class Inbox:
                 return frame
         raise ProtocolError(f"{self.channels[peer].peer} sends on and on, and no {kind.name} of step {step}")
 
-    def replace(self, peer: int, channel: Channel) -> None:
-        """From now on the peer is at the other end of this channel."""
-        raise NotImplementedError("only where links are read in threads may a peer come back")
-
     def expect_anew(self, peer: int) -> None:
         """What this peer does next, it does upon what is sent to it now: its time begins anew."""
 
@@ -96,6 +92,7 @@ class ReadingInbox(Inbox):
         return self._waited_s
 
     def replace(self, peer: int, channel: Channel) -> None:
+        """From now on the peer is at the other end of this channel."""
         with self._changed:
             self._frames[peer] = deque()
             self._arrivals = deque(each for each in self._arrivals if each != peer)

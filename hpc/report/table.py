@@ -178,7 +178,10 @@ def _incidents(summary: Summary) -> list[str]:
         lines.append(f"Parameters were averaged {count(summary['averages']['count'], 'time')}, {mean} each")
     if summary["skipped_steps"]:
         named = [f"{_client_of(note)}{note['what']} in step {note['step']}" for note in summary["nonfinite"]]
-        lines.append(_some(f"Left out, as not finite: {count(summary['skipped_steps'], 'step')}", named))
+        steps = count(summary["skipped_steps"], "step")
+        # Without a name: a client was lost with half of its gradient given, or fp16's loss scale was too high.
+        why = ", as not finite" if named else " (a client was lost in the middle, or fp16 overflowed)"
+        lines.append(_some(f"Left out{why}: {steps}", named))
     lost = [f"{_client_of(note)}in step {note['step']}: {note['why']}" for note in summary["lost_clients"]]
     if lost:
         lines.append(_some(f"Lost: {count(len(lost), 'client')}", lost))
