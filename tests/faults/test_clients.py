@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import statistics
 import time
 from pathlib import Path
 
@@ -54,9 +55,12 @@ def test_a_client_is_killed(place: str, nursery: Nursery, keys: Path, tmp_path: 
         before = run.events("client-1", "step")[-1]["time"]
         noticed = float(lost["time"]) - before  # since its last whole step, so with some of the next
         assert noticed < NOTICED_S
+        seconds = {event["step"]: event["seconds"]["total"] for event in run.events("trunk-0", "step")}
+        earlier = statistics.median(seconds[step] for step in seconds if 2 < step < lost["step"])
+        later = statistics.median(seconds[step] for step in seconds if step > lost["step"])
         record(
             fault=f"SIGKILL of a client while it is {place}",
-            goes_on="the others, from the same step on",
+            goes_on=f"the others, from the same step on (median step {earlier:.2f} s before, {later:.2f} s after)",
             lost="its part of the step under way",
             message=f"trunk-0: client 1 is lost; the run goes on without it: {lost['why']}",
             noticed_s=noticed,
