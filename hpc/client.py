@@ -129,17 +129,24 @@ class Client:
         self.link.send(Header(kind=Kind.READY, flags=flags), told)
         if asks or self.train.clients_meet:
             self._send_key(step=0)
+        try:
+            frame = self._hear_all_until_ready()
+        except PauseAsked:
+            raise Paused("the run was paused before this client was taken in; start it with the run again") from None
+        self.start, self._samples = frame.header.step, frame.payload.tolist()
+        if self._samples[self.client_id : self.client_id + 1] != [len(self.data.train_rows)]:
+            raise ProtocolError(f"the trunk says that this client has other than {len(self.data.train_rows)} examples")
+        if self.needs_state and not self.train.shares_state:
+            self._take_up_own()
+
+    def _hear_all_until_ready(self) -> Frame:
         due, patience_s = (Kind.PEER_KEY, Kind.HANDOVER, Kind.READY), self.config.link.start_patience_s
         while (frame := self.link.recv_next(*due, patience_s=patience_s)).header.kind is not Kind.READY:
             if frame.header.kind is Kind.PEER_KEY:
                 self._peers().add(frame.payload.numpy().tobytes())
             else:
                 self.learner.load_state(self._peers().open(frame.header.micro, frame.payload))
-        self.start, self._samples = frame.header.step, frame.payload.tolist()
-        if self._samples[self.client_id : self.client_id + 1] != [len(self.data.train_rows)]:
-            raise ProtocolError(f"the trunk says that this client has other than {len(self.data.train_rows)} examples")
-        if self.needs_state and not self.train.shares_state:
-            self._take_up_own()
+        return frame
 
     def _send_key(self, step: int) -> None:
         message = torch.frombuffer(bytearray(self._peers().public_message()), dtype=torch.uint8)
