@@ -44,9 +44,12 @@ def test_mpich_gives_the_same_bits(launcher: str, one_machine_run: Finished, run
 def test_each_process_is_a_rank_of_mpichs_world(launcher: str, tmp_path: Path) -> None:
     """Not the library that comes first in this environment, under which each would be alone."""
     program = (
+        "import os, sys; from pathlib import Path;"
         "from hpc.link.mpi_library import use_launchers_library as use; use(); from mpi4py import MPI;"
-        "print(MPI.COMM_WORLD.size, 'MPICH' in MPI.Get_library_version(), flush=True)"
+        "told = f\"{MPI.COMM_WORLD.size} {'MPICH' in MPI.Get_library_version()}\";"
+        "Path(sys.argv[1], os.environ['PMI_RANK']).write_text(told)"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MPI4PY_", "OMPI_"))} | {"PYTHONPATH": str(ROOT)}
-    finished = run_command([launcher, "-n", "2", str(BIN / "python"), "-c", program], tmp_path, env=env)
-    assert finished.out.splitlines() == ["2 True", "2 True"], finished.err
+    command = [launcher, "-n", "2", str(BIN / "python"), "-c", program, str(tmp_path)]
+    finished = run_command(command, tmp_path, env=env)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 True", "2 True"], finished.err
