@@ -21,7 +21,7 @@ from hpc.report.events import read_events, role_path
 from hpc.resume import find
 from tests.loopback import Outcome, run_split
 from tests.plain import plain_run
-from tests.unit.test_lost_clients import DEAD, Died, steps_of
+from tests.unit.test_lost_clients import DEAD, dies_before, steps_of
 from tests.unit.test_lost_clients import config as lost_config
 
 STEPS, LOST_AT, BACK_AT = 6, 1, 4  # steps from 0
@@ -41,23 +41,11 @@ def keys_of(folder: Path) -> Callable[[int], PeerKeys]:
 
 def dies_once(kind: Kind = Kind.SMASHED, step: int = LOST_AT) -> Callable[[Client], None]:
     """The first process of client DEAD closes its link instead of sending this frame."""
-    lives = {DEAD: 0}
+    die, lives = dies_before(kind, step), itertools.count()
 
     def prepare(client: Client) -> None:
-        if client.client_id != DEAD:
-            return
-        lives[DEAD] += 1
-        if lives[DEAD] > 1:
-            return
-        channel, send = client.link.channel, client.link.channel.send
-
-        def dying_send(header: Any, tensor: torch.Tensor | None = None) -> None:
-            if header.kind is kind and header.step == step:
-                channel._close("dead")
-                raise Died
-            send(header, tensor)
-
-        channel.send = dying_send  # type: ignore[method-assign]
+        if client.client_id == DEAD and next(lives) == 0:
+            die(client)
 
     return prepare
 
