@@ -38,17 +38,19 @@ def main(argv: list[str]) -> int:
         prompts = prompts_of(given, wishes, me)
     check_model(config)
     ensure_local(Path(config.link.keys_dir), config.train.clients)
-    from hpc.ask import answer
+    from hpc.ask import answer, rows_of
     from hpc.generate import asking, for_generation, serve, split_model
 
+    if world.global_rank > 0 or world.world_size == 1:
+        encoded = rows_of(config, prompts, wishes)  # a prompt that cannot be stops before a trunk is started
     if world.world_size == 1:
         with split_model(config, client=wishes.client, trained=wishes.run_folder, wanted=wishes.source) as model:
-            answer(model, prompts, wishes)
+            answer(model, encoded, wishes)
     elif world.global_rank == 0:
         serve(for_generation(config), _place("trunk", 0, world), clients, wishes.run_folder, wishes.source)
     else:
         with asking(for_generation(config), _place("client", me, world), wishes.run_folder, wishes.source) as model:
-            answer(model, prompts, wishes)
+            answer(model, encoded, wishes)
     return 0
 
 

@@ -123,7 +123,10 @@ class ContinuedLM(PreTrainedModel, GenerationMixin):
         ids_BT = inputs if inputs is not None else kwargs.pop("input_ids")
         mask_BT = kwargs.pop("attention_mask", None)
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-        self._check(ids_BT, mask_BT, kwargs)
+        new = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens
+        check_prompts(self.config, ids_BT, mask_BT, new)
+        if not kwargs.get("use_cache", True):
+            raise ConfigError("use_cache=False would send the whole text for every token; leave it on")
         # Said aloud: a model's own defaults may switch it off.
         kwargs["use_cache"] = True
         cache = ChainCache(self._open_chain)
@@ -139,26 +142,6 @@ class ContinuedLM(PreTrainedModel, GenerationMixin):
         finally:
             cache.close()
 
-    def _check(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        if not kwargs.get("use_cache", True):
-            raise ConfigError("use_cache=False would send the whole text for every token; leave it on")
-        lengths = mask_BT.sum(1).tolist()
-        if min(lengths) < 1:
-            raise ConfigError(f"prompt {lengths.index(min(lengths))} has no tokens; give it some text")
-        if not torch.equal(left_mask(lengths).to(mask_BT), mask_BT):
-            raise ConfigError("prompts are padded on the right; set tokenizer.padding_side = 'left'")
-        room, longest = context_of(self.config), ids_BT.shape[1]
-        if room is not None and longest >= room:
-            raise ConfigError(
-                f"the prompt has {longest} tokens; the model's context of {room} leaves no room to continue it"
-            )
-        new = kwargs.get("max_new_tokens") or self.generation_config.max_new_tokens
-        if room is not None and new and longest + new - 1 > room:
-            raise ConfigError(
-                f"the prompt has {longest} tokens; {new} new ones exceed the model's context of {room}: ask for at "
-                f"most {room - longest + 1} (max_new_tokens), or shorten the prompt"
-            )
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -171,6 +154,25 @@ class ContinuedLM(PreTrainedModel, GenerationMixin):
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         logits_BV = past_key_values.extend(input_ids, mask_BT)
         return CausalLMOutputWithPast(logits=logits_BV[:, None], past_key_values=past_key_values)
+
+
+def check_prompts(config: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor, new_tokens: int | None) -> None:
+    """Raise `ConfigError` for rows that the model cannot continue by `new_tokens` (None: by one)."""
+    lengths = mask_BT.sum(1).tolist()
+    if min(lengths) < 1:
+        raise ConfigError(f"prompt {lengths.index(min(lengths))} has no tokens; give it some text")
+    if not torch.equal(left_mask(lengths).to(mask_BT), mask_BT):
+        raise ConfigError("prompts are padded on the right; set tokenizer.padding_side = 'left'")
+    room, longest = context_of(config), ids_BT.shape[1]
+    if room is not None and longest >= room:
+        raise ConfigError(
+            f"the prompt has {longest} tokens; the model's context of {room} leaves no room to continue it"
+        )
+    if room is not None and new_tokens and longest + new_tokens - 1 > room:
+        raise ConfigError(
+            f"the prompt has {longest} tokens; {new_tokens} new ones exceed the model's context of {room}: ask for at "
+            f"most {room - longest + 1} (max_new_tokens), or shorten the prompt"
+        )
 
 
 def context_of(config: Any) -> int | None:
