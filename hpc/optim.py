@@ -42,8 +42,11 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 def square_sum(gradients: Iterable[torch.Tensor | None]) -> float:
-    """Sum of squares over tensors; each tensor's norm in its own precision, the sum in float64."""
-    return math.fsum(float(torch.linalg.vector_norm(g)) ** 2 for g in gradients if g is not None)
+    """Sum of squares over tensors, in float64: a model that is cut elsewhere has its values in other tensors, and must
+    still clip by the same float32 factor.
+    """
+    norms = (torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients if g is not None)
+    return math.fsum(float(norm) ** 2 for norm in norms)
 
 
 def global_norm(*square_sums: float) -> float:
