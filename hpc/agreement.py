@@ -22,6 +22,7 @@ FREE_ON_RESUME = frozenset(
         "train.save_every",
         "train.save_total_limit",
         "train.eval_every",
+        "train.eval_before",
         "train.eval_batch_size",
         "train.early_stopping_patience",
         "train.on_nonfinite",

@@ -91,7 +91,7 @@ def clients_of_step(train: TrainConfig, step: int) -> tuple[int, ...]:
 def instructions(train: TrainConfig, *, evaluate: bool, start: int = 0) -> Iterator[Instruction]:
     """The run from the checkpoint at `start` (0: from the beginning).
 
-    With `evaluate`, before the first step, every `eval_every` steps, and after the last.
+    With `evaluate`, before the first step (`eval_before`), every `eval_every` steps, and after the last.
     """
     if start == 0:
         yield from _whole(train, evaluate)
@@ -114,7 +114,7 @@ def _whole(train: TrainConfig, evaluate: bool) -> Iterator[Instruction]:
             yield Sync(step=step, clients=clients_of_step(train, step - 1))
         if step and train.save_every and step % train.save_every == 0:
             yield Save(step=step)
-        evaluates = evaluate and (step in (0, steps) or (train.eval_every and step % train.eval_every == 0))
+        evaluates = evaluate and _evaluates_at(train, step, steps)
         stale = tuple(c for c in everyone if c not in current)
         if train.hands_over and stale and (evaluates or step == steps):  # all of them end with what the run learned
             yield HandOver(step=step, sender=holder, receivers=stale)
@@ -130,6 +130,12 @@ def _whole(train: TrainConfig, evaluate: bool) -> Iterator[Instruction]:
             current, holder = set(active), active[0]
         yield TrainStep(step=step, clients=active, batches=tuple(used[client] for client in active))
         used.update(active)
+
+
+def _evaluates_at(train: TrainConfig, step: int, steps: int) -> bool:
+    if step == 0:
+        return train.eval_before
+    return step == steps or bool(train.eval_every and step % train.eval_every == 0)
 
 
 def _steps_of_round(train: TrainConfig) -> int:

@@ -73,6 +73,8 @@ class TrainConfig:
     """`centralised`: the clients' batches as one step, or client by client."""
     eval_every: int = 0
     """Evaluate every so many steps; 0: before and after training only."""
+    eval_before: bool = True
+    """Evaluate before the first step, too."""
     early_stopping_patience: int = 0
     """Stop when so many evaluations in a row brought more than half of the clients no lower held-out loss; 0: never.
     Each client tells only whether it would stop, never its loss."""

@@ -54,13 +54,18 @@ def _figures(steps: Steps) -> dict[str, Any]:
     losses = [[step, value] for step, parts in steps.items() if (value := _loss(parts)) is not None]
     return {
         "accuracy": accuracies[-1][1] if accuracies else None,
-        "accuracy_before": accuracies[0][1] if accuracies else None,
+        "accuracy_before": _first(accuracies),
         **_exact_match(list(steps.values())),
         "loss": losses[-1][1] if losses else None,
-        "loss_before": losses[0][1] if losses else None,
+        "loss_before": _first(losses),
         "history": accuracies,
         "loss_history": losses,
     }
+
+
+def _first(history: Sequence[list[Any]]) -> float | None:
+    """None where the only evaluation is the one at the end."""
+    return history[0][1] if len(history) > 1 or (history and history[0][0] == 0) else None
 
 
 def _exact_match(steps: Sequence[Sequence[Event]]) -> dict[str, float]:
@@ -69,7 +74,8 @@ def _exact_match(steps: Sequence[Sequence[Event]]) -> dict[str, float]:
         return {}
     total = sum(part["total"] for part in steps[-1])
     before, after = (sum(part["matched"] for part in parts) for parts in (steps[0], steps[-1]))
-    return {"exact_match": after / total, "exact_match_before": before / total} if total else {}
+    both = {"exact_match": after / total, "exact_match_before": before / total} if total else {}
+    return both if len(steps) > 1 else {key: both[key] for key in both if key == "exact_match"}
 
 
 def _accuracy(parts: Sequence[Event]) -> float | None:
@@ -89,7 +95,8 @@ def _loss(parts: Sequence[Event]) -> float | None:
 def _mean_client(steps: Steps) -> dict[str, float | None]:
     """Unweighted means over the clients that have held-out examples, at the last and the first evaluation."""
     ends = [[part for part in parts if part["total"]] for parts in steps.values()]
-    after, before = (ends[-1], ends[0]) if ends else ([], [])
+    after = ends[-1] if ends else []
+    before = ends[0] if len(ends) > 1 or 0 in steps else []
     return {
         "mean_client_accuracy": _mean([_accuracy([part]) for part in after]),
         "mean_client_accuracy_before": _mean([_accuracy([part]) for part in before]),

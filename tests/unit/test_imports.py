@@ -91,6 +91,7 @@ FLOORS = {
     "hpc.cli": 5,
     "hpc.doctor": 5,
     "hpc.dry_run": 5,
+    "hpc.reproduce": 5,
     "hpc.federation": 5,
     "hpc.generate": 5,
     "hpc.joining": 5,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from hpc.config import Config, DataConfig, ModelConfig, TrainConfig
 from hpc.data.dataset import ClientData, EvalItem, load_client_data, score_eval
 from hpc.data.examples import held_out_examples
-from hpc.matches import count_matches, decoded_texts
+from hpc.matches import count_matches, matches_and_texts
 from hpc.model.build import ModelBuilder
 from hpc.model.continued import ContinuedLM, WholeChain
 from hpc.model.pretrained import load_tokenizer
@@ -166,7 +166,8 @@ def test_texts_are_decoded_as_plain_transformers_does(tmp_path: Path, tiny: tupl
     assert len(free) == 12
     for end in (tokenizer.eos_token_id, free[4]):  # a token that does come up ends the text before it
         ended.eos_token_id = end
-        texts = decoded_texts(model, data.val_items, ended, rows=rows, max_new_tokens=12)
+        matched, texts = matches_and_texts(model, data.val_items, ended, rows=rows, max_new_tokens=12)
+        assert matched == 0
         expected = [plain_text(plain, tokenizer, item, end=end) for item in data.val_items]
         assert texts == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected]
     assert len(plain_text(plain, tokenizer, data.val_items[0], end=free[4])) == free.index(free[4])

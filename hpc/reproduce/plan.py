@@ -1,0 +1,148 @@
+"""From a preset to runs: what each table needs, each run once, and what a run is called. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpc.errors import ConfigError
+from hpc.reproduce.methods import CENTRALISED, METHODS, ZERO_SHOT, Method
+from hpc.reproduce.preset import Block, Preset
+
+DATA_DIR = "data.data_dir"
+
+
+@dataclass(kw_only=True, frozen=True)
+class Job:
+    """One run. Its data's folder is under `--data_dir`, which is not part of what it is."""
+
+    model: str
+    task: str
+    adapter: str
+    method: str
+    seed: int
+    flags: Mapping[str, Any]
+    tuning: bool = False
+    """Tries a learning rate, on a part of the training data."""
+
+    @property
+    def name(self) -> str:
+        rate = f"-lr{self.flags['train.learning_rate']:g}" if self.tuning else ""
+        return f"{self.model}-{self.task}-{self.adapter}-{self.method}-seed{self.seed}{rate}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides the result: a result with another one was made with other settings."""
+        text = json.dumps({"flags": self.flags, "tuning": self.tuning}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Cell:
+    """What one number of a table comes from."""
+
+    table: str
+    model: str
+    task: str
+    adapter: str
+    method: str
+    seed: int
+    job: Job
+    at_start: bool = False
+    """The model as it was before training."""
+
+
+def cells_of(preset: Preset, tables: Sequence[str], tasks: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """All cells of some tables, first seeds first. `tasks`, `seeds`: only these; none: all that the preset has.
+
+    Raises `ConfigError` for a task or a table that the preset does not have.
+    """
+    blocks = [(table, block) for table in tables for block in _blocks(preset, table)]
+    known = list(dict.fromkeys(task for _, block in blocks for task in block.tasks))
+    if unknown := [task for task in tasks if task not in known]:
+        raise ConfigError(f"--tasks {unknown[0]} is not in {', '.join(tables)}; choose of {', '.join(known)}")
+    found = [
+        cell
+        for table, block in blocks
+        for task in block.tasks
+        if not tasks or task in tasks
+        for seed in seeds or preset.tasks[task].seeds
+        for cell in _cells_of_task(preset, table, block, task, seed)
+    ]
+    return sorted(found, key=lambda cell: cell.seed)  # stable: a table is whole, with one seed, as early as can be
+
+
+def jobs_of(cells: Sequence[Cell]) -> list[Job]:
+    """Each run once, in the cells' order."""
+    return list({cell.job.name: cell.job for cell in cells}.values())
+
+
+def tuning_jobs(preset: Preset) -> list[Job]:
+    """The runs among which a learning rate is chosen. Raises `ConfigError` if the preset chooses none."""
+    tuning = preset.tuning
+    if tuning is None:
+        raise ConfigError(f"--preset {preset.name} tries no learning rates: its section `tuning` would say which")
+    return [
+        _job(preset, tuning.model, task, adapter, CENTRALISED, 0, rate=rate)
+        for task in tuning.tasks
+        for adapter, rates in tuning.rates.items()
+        for rate in rates
+    ]
+
+
+def _blocks(preset: Preset, table: str) -> Sequence[Block]:
+    return preset.tables.get(table, ())
+
+
+def _cells_of_task(preset: Preset, table: str, block: Block, task: str, seed: int) -> Iterator[Cell]:
+    for adapter in block.adapters:
+        for method in block.methods:
+            zero = method == ZERO_SHOT
+            # Before its first step a LoRA adapter changes nothing; a prefix does. The seed has no say in it either.
+            if zero and (adapter != _starts_as_published(preset, block) or seed != preset.tasks[task].seeds[0]):
+                continue
+            trained = METHODS["centralised" if zero else method]
+            yield Cell(
+                table=table,
+                model=block.model,
+                task=task,
+                adapter="none" if zero else adapter,
+                method=method,
+                seed=seed,
+                job=_job(preset, block.model, task, adapter, trained, seed),
+                at_start=zero,
+            )
+
+
+def _starts_as_published(preset: Preset, block: Block) -> str | None:
+    """The first adapter of a block that leaves the model as it is until it is trained."""
+    return next((name for name in block.adapters if preset.adapters[name].get("adapter.method") == "lora"), None)
+
+
+def _job(
+    preset: Preset, model: str, task: str, adapter: str, method: Method, seed: int, *, rate: float | None = None
+) -> Job:
+    plan = preset.tasks[task]
+    flags = {
+        "data.task": task,
+        **preset.common,
+        **preset.models[model],
+        **preset.adapters[adapter],
+        **plan.flags,
+        **method.flags,
+        "train.seed": seed,
+        "data.save_predictions": True,
+    }
+    clients = int(flags.get("train.clients", 2))
+    flags["train.max_steps"] = plan.batches if method.by_client else max(1, plan.batches // clients)
+    # The uncut model tells how good it is untrained; what it tells would be the same in the other rows.
+    zero_shot = method is CENTRALISED and flags.get("adapter.method") == "lora" and rate is None
+    flags["train.eval_before"] = zero_shot and seed == plan.seeds[0]
+    if rate is not None:
+        flags["train.learning_rate"] = rate
+    return Job(
+        model=model, task=task, adapter=adapter, method=method.name, seed=seed, flags=flags, tuning=rate is not None
+    )

@@ -1,0 +1,113 @@
+"""The committed file of a run: what it was, what it scored, where it comes from. One JSON a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hpc.config import Config
+from hpc.errors import DataError
+from hpc.report.events import decode
+from hpc.report.provenance import machine
+from hpc.report.summary import write_json_atomic
+from hpc.reproduce.plan import Job
+from hpc.reproduce.score import Scored, score_run
+
+Raw = Mapping[str, Any]
+FORMAT = 1
+FOLDER = Path("raw") / "reproduce"
+KEYS = ("format", "preset", "job", "fingerprint", "flags", "metrics", "losses", "predictions", "command", "git_commit")
+
+
+def raw_path(results: Path, preset: str, job: Job) -> Path:
+    return results / FOLDER / preset / f"{job.name}.json"
+
+
+def record(
+    job: Job, preset: str, scale: str, config: Config, folder: Path, *, command: str, seconds: float
+) -> dict[str, Any]:
+    """The content of the file, from a finished run's folder. Raises `DataError` where the run has not finished."""
+    summary = read_json(folder / "summary.json")
+    steps = int(summary["steps"])
+    after = score_run(folder, config, steps)
+    before = score_run(folder, config, 0) if config.train.eval_before else None
+    kept = ("step_seconds", "seconds_per_step", "link_bytes_per_step", "peak_rss_mib", "parameters", "versions")
+    return {
+        "format": FORMAT,
+        "preset": preset,
+        "scale": scale,
+        "job": job.name,
+        "model": job.model,
+        "task": job.task,
+        "adapter": job.adapter,
+        "method": job.method,
+        "seed": job.seed,
+        "tuning": job.tuning,
+        "fingerprint": job.fingerprint,
+        "flags": dict(job.flags),
+        "metrics": after.metrics,
+        "metrics_before": None if before is None else before.metrics,
+        "examples": after.examples,
+        "eval_loss": summary["eval"]["loss"],
+        "eval_loss_before": summary["eval"]["loss_before"],
+        "losses": summary["losses"],
+        "predictions": _predictions(after),
+        "predictions_before": None if before is None else _predictions(before),
+        **{key: summary[key] for key in kept},
+        "seconds": seconds,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "command": command,
+        "git_commit": summary["git_commit"],
+        "machine": machine(),
+        "config": _without_folders(asdict(config)),
+    }
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, content)
+
+
+def read(path: Path) -> Raw:
+    """Raises `DataError` for a file that is not a run's, or not whole."""
+    content = read_json(path)
+    missing = [key for key in KEYS if key not in content]
+    if missing or content["format"] != FORMAT:
+        what = f"has no {missing[0]!r}" if missing else f"is of format {content['format']}, not {FORMAT}"
+        raise DataError(f"{path} {what}; delete it, and its run is done again")
+    found: Raw = decode(content)
+    return found
+
+
+def read_all(results: Path, preset: str) -> Iterator[Raw]:
+    """Every run's file of a preset, by name."""
+    for path in sorted((results / FOLDER / preset).glob("*.json")):
+        yield read(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); delete it, and its run is done again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is no run's file; delete it, and its run is done again")
+    return content
+
+
+def _predictions(scored: Scored) -> dict[str, Any]:
+    """Which choices were made; of decoded texts only their digest, as they may quote the data."""
+    known = any(index is not None for index in scored.chosen)
+    return {"sha256": scored.digest, "chosen": scored.chosen if known else None}
+
+
+def _without_folders(content: dict[str, Any]) -> dict[str, Any]:
+    """Where data, keys and results lie is this machine's business."""
+    content["data"]["data_dir"] = content["data"]["train_file"] = content["data"]["val_file"] = None
+    content["run"]["output_dir"] = content["link"]["keys_dir"] = None
+    return content

@@ -1,0 +1,60 @@
+"""The paper's tables, each by one command: run what is not done yet, then write table and figures into results/.
+
+`python launch/reproduce.py table1 --preset small --data_dir DATA` runs; `... all --preset paper --dry_run` lists what
+would be run; `... tune` tries learning rates; `... render` makes all tables and figures again from results/raw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hpc.cli import run_main
+from hpc.reproduce.plan import cells_of, jobs_of, tuning_jobs
+from hpc.reproduce.preset import load_preset
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = ("table1", "table2", "table4", "table5")
+PRESETS = Path(__file__).with_name("presets")
+
+
+def main(argv: list[str]) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the command
+    own = own_parser().parse_args(argv)
+    results = Path(own.results_dir)
+    preset = load_preset(own.preset, PRESETS)
+    tables = list(preset.tables) if own.what == "all" else [own.what]
+    jobs = tuning_jobs(preset) if own.what == "tune" else jobs_of(cells_of(preset, tables, own.tasks, own.seeds))
+    from hpc.reproduce.run import Bench
+
+    bench = Bench(
+        root=ROOT, results=results.resolve(), data_dir=Path(own.data_dir).resolve(), preset=preset, at_once=own.jobs
+    )
+    bench.run_all(jobs)
+    return 0
+
+
+def own_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("what", choices=[*TABLES, "tune", "all", "render"], help="A table, or what to do.")
+    parser.add_argument("--preset", default="small", help="paper, small (default), smoke, or a YAML file like those.")
+    parser.add_argument("--data_dir", default="data", help="Folder with the data sets (docs/data.md); default: data.")
+    parser.add_argument("--results_dir", default="results", help="Where results are written; default: results.")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="Only these of the table's tasks.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="These, not the preset's.")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="Runs at the same time; default: 1.")
+    parser.add_argument("--dry_run", action="store_true", help="List the runs, and start none.")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)
