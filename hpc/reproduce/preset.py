@@ -12,7 +12,7 @@ tables: {table1: [{model: small, adapters: [lora], tasks: [rte], methods: [zero_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import yaml
 
 from hpc.data.templates import FORMATS
 from hpc.errors import ConfigError
+from hpc.reproduce import sections
 from hpc.reproduce.methods import METHODS, ZERO_SHOT
 
 Flags = Mapping[str, Any]
@@ -31,10 +32,11 @@ class TaskPlan:
 
     batches: int
     """Batches of single clients that a run trains on, whatever the method makes of them."""
-    flags: Flags
-    seeds: tuple[int, ...]
-    folder: str
-    """Under `--data_dir`."""
+    flags: Flags = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    """None: the preset's."""
+    folder: str = ""
+    """Under `--data_dir`; none: the data set's own."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -63,12 +65,13 @@ class Preset:
 
     name: str
     scale: str
-    common: Flags
+    seeds: tuple[int, ...]
     models: Mapping[str, Flags]
     adapters: Mapping[str, Flags]
     tasks: Mapping[str, TaskPlan]
     tables: Mapping[str, tuple[Block, ...]]
-    tuning: Tuning | None
+    common: Flags = field(default_factory=dict)
+    tuning: Tuning | None = None
 
 
 FOLDERS = {
@@ -96,60 +99,79 @@ def load_preset(name: str, folder: Path) -> Preset:
         raise ConfigError(f"--preset {name}: {path} cannot be read: {' '.join(str(error).split())}") from None
     try:
         return _preset(path.stem, content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        known = ", ".join(field.name for field in fields(Preset) if field.name != "name")
-        raise ConfigError(f"--preset {name}: {path} is no preset ({_reason(error)}); it has {known}") from None
+    except ValueError as error:
+        raise ConfigError(f"--preset {name}: {path} is no preset: {error}") from None
 
 
-def _reason(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
-
-
-def _preset(name: str, content: Mapping[str, Any]) -> Preset:
-    seeds = tuple(content["seeds"])
-    tasks = {task: _task(task, plan, seeds) for task, plan in content["tasks"].items()}
-    tables = {table: tuple(_block(each) for each in blocks) for table, blocks in content["tables"].items()}
-    tuning = content.get("tuning")
+def _preset(name: str, content: object) -> Preset:
+    given = sections.section(content, "it", Preset, aside=("name",))
+    seeds = sections.seeds(given["seeds"], "seeds")
     preset = Preset(
         name=name,
-        scale=" ".join(str(content["scale"]).split()),
-        common=dict(content.get("common") or {}),
-        models={model: dict(flags) for model, flags in content["models"].items()},
-        adapters={adapter: dict(flags) for adapter, flags in content["adapters"].items()},
-        tasks=tasks,
-        tables=tables,
-        tuning=None if tuning is None else _tuning(tuning),
+        scale=" ".join(str(given["scale"]).split()),
+        seeds=seeds,
+        common=sections.flags(given.get("common"), "common"),
+        models=_flags_of_each(given, "models"),
+        adapters=_flags_of_each(given, "adapters"),
+        tasks={task: _task(task, plan, seeds) for task, plan in sections.mapping(given["tasks"], "tasks").items()},
+        tables={
+            table: _blocks(blocks, f"tables.{table}")
+            for table, blocks in sections.mapping(given["tables"], "tables").items()
+        },
+        tuning=None if given.get("tuning") is None else _tuning(given["tuning"]),
     )
-    for table, blocks in tables.items():
+    _known("tasks", "task", list(preset.tasks), FORMATS)
+    for table, blocks in preset.tables.items():
         for block in blocks:
-            _check(f"table {table}", preset, block)
+            _check(f"tables.{table}", preset, block)
+    if preset.tuning:
+        _known("tuning", "model", [preset.tuning.model], preset.models)
+        _known("tuning", "task", preset.tuning.tasks, preset.tasks)
+        _known("tuning", "adapter", list(preset.tuning.rates), preset.adapters)
     return preset
 
 
-def _task(name: str, plan: Mapping[str, Any], seeds: tuple[int, ...]) -> TaskPlan:
+def _flags_of_each(content: Mapping[str, Any], key: str) -> dict[str, Flags]:
+    return {name: sections.flags(each, f"{key}.{name}") for name, each in sections.mapping(content[key], key).items()}
+
+
+def _task(name: str, content: object, seeds: tuple[int, ...]) -> TaskPlan:
+    where = f"tasks.{name}"
+    plan = sections.section(content, where, TaskPlan)
     return TaskPlan(
-        batches=int(plan["batches"]),
-        flags=dict(plan.get("flags") or {}),
-        seeds=tuple(plan.get("seeds", seeds)),
-        folder=str(plan.get("folder", FOLDERS.get(name, name))),
+        batches=sections.at_least_one(plan["batches"], f"{where}.batches"),
+        flags=sections.flags(plan.get("flags"), f"{where}.flags"),
+        seeds=sections.seeds(plan["seeds"], f"{where}.seeds") if "seeds" in plan else seeds,
+        folder=str(plan.get("folder") or FOLDERS.get(name, name)),
     )
 
 
-def _block(content: Mapping[str, Any]) -> Block:
-    names = {name: tuple(content[name]) for name in ("adapters", "tasks", "methods")}
-    return Block(model=str(content["model"]), **names)
+def _blocks(content: object, where: str) -> tuple[Block, ...]:
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{where} must be a list of parts, each with model, adapters, tasks and methods")
+    return tuple(_block(each, f"{where}[{number}]") for number, each in enumerate(content))
 
 
-def _tuning(content: Mapping[str, Any]) -> Tuning:
-    rates = {adapter: tuple(map(float, each)) for adapter, each in content["rates"].items()}
-    return Tuning(model=str(content["model"]), tasks=tuple(content["tasks"]), rates=rates)
+def _block(content: object, where: str) -> Block:
+    given = sections.section(content, where, Block)
+    lists = {name: sections.names(given[name], f"{where}.{name}") for name in ("adapters", "tasks", "methods")}
+    return Block(model=str(given["model"]), **lists)
+
+
+def _tuning(content: object) -> Tuning:
+    given = sections.section(content, "tuning", Tuning)
+    rates = sections.mapping(given["rates"], "tuning.rates")
+    return Tuning(
+        model=str(given["model"]),
+        tasks=sections.names(given["tasks"], "tuning.tasks"),
+        rates={adapter: sections.rates(each, f"tuning.rates.{adapter}") for adapter, each in rates.items()},
+    )
 
 
 def _check(where: str, preset: Preset, block: Block) -> None:
     _known(where, "model", [block.model], preset.models)
     _known(where, "adapter", block.adapters, preset.adapters)
     _known(where, "task", block.tasks, preset.tasks)
-    _known(where, "task", block.tasks, FORMATS)
     _known(where, "method", block.methods, [*METHODS, ZERO_SHOT])
     for method in block.methods:
         needed = METHODS[method].reference if method in METHODS else None
