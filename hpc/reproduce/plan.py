@@ -151,7 +151,7 @@ def _job(
         "train.seed": seed,
         "data.save_predictions": True,
     }
-    flags["train.max_steps"] = plan.batches if method.by_client else _shared_steps(preset, task, flags)
+    flags["train.max_steps"] = _rounds(preset, task, flags) * (_clients(preset, flags) if method.by_client else 1)
     # The uncut model tells how good it is untrained; what it tells would be the same in the other rows.
     zero_shot = method is CENTRALISED and _leaves_as_it_is(flags) and rate is None
     flags["train.eval_before"] = zero_shot and seed == plan.seeds[0]
@@ -162,12 +162,19 @@ def _job(
     )
 
 
-def _shared_steps(preset: Preset, task: str, flags: Mapping[str, Any]) -> int:
-    """Steps of a method whose step is a batch of every client: as many examples as where clients take turns."""
-    batches, clients = preset.tasks[task].batches, flags.get("train.clients", TrainConfig().clients)
-    if type(clients) is not int or clients < 1 or batches % clients:
+def _rounds(preset: Preset, task: str, flags: Mapping[str, Any]) -> int:
+    """How often each client's turn comes: so that all methods learn from as many examples, whoever works at once."""
+    batches, clients = preset.tasks[task].batches, _clients(preset, flags)
+    if batches < clients:
         raise ConfigError(
-            f"--preset {preset.name}: tasks.{task}.batches is {batches}, which train.clients {clients} cannot share "
-            "evenly, so methods would learn from different numbers of examples; make it a multiple"
+            f"--preset {preset.name}: tasks.{task}.batches is {batches}, less than one for each of {clients} clients "
+            "(train.clients); raise it"
         )
     return batches // clients
+
+
+def _clients(preset: Preset, flags: Mapping[str, Any]) -> int:
+    clients = flags.get("train.clients", TrainConfig().clients)
+    if type(clients) is not int or clients < 1:
+        raise ConfigError(f"--preset {preset.name}: train.clients is {clients!r}; it must be at least 1")
+    return clients

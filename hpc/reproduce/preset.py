@@ -31,7 +31,8 @@ class TaskPlan:
     """How much of a task a run sees."""
 
     batches: int
-    """Batches of single clients that a run trains on, whatever the method makes of them."""
+    """Batches of single clients that a run trains on, whatever the method makes of them; as many of each client, so
+    that what is left over is left out."""
     flags: Flags = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     """None: the preset's."""
