@@ -96,7 +96,7 @@ def load_preset(name: str, folder: Path) -> Preset:
         raise ConfigError(f"--preset {name} is not known; choose one of {known}, or give a YAML file like those")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--preset {name}: {path} cannot be read: {' '.join(str(error).split())}") from None
     try:
         return _preset(path.stem, content)
