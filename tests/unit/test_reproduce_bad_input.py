@@ -1,4 +1,4 @@
-"""What is wrong about a table is said in one line that names it, before the first run and before anything is written."""
+"""What is wrong about a table is said in one line that names it, before the first run, and nothing is written."""
 
 from __future__ import annotations
 
