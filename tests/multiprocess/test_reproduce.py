@@ -134,7 +134,7 @@ def test_what_is_left_is_done_once_by_one_of_two_commands(place: Path, cut_off: 
         assert len([line for line in said if f" {name}: " in line]) == (name not in cut_off.done)
     assert any(line.startswith("waiting for what another process is at") for line in said)
     assert sorted(raw_files(place)) == list(RUNS)
-    assert "resumed" in (run_folder(place, RUNS[1]) / "logs" / "trunk-0.log").read_text()
+    assert "going on from checkpoint-" in (run_folder(place, RUNS[1]) / "logs" / "trunk-0.log").read_text()
 
 
 def test_the_cut_model_learns_and_predicts_as_the_uncut_one_to_the_bit(place: Path, done: list[str]) -> None:
