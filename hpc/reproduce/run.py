@@ -125,6 +125,12 @@ class Bench:
 
     def _one(self, job: Job, place: str) -> bool:
         """Whether the job is done, or nothing more is to be done."""
+        try:
+            return self._do(job, place)
+        except OSError as error:
+            raise RunFailed(f"{job.name}: its files in {self.results} cannot be written: {error}") from None
+
+    def _do(self, job: Job, place: str) -> bool:
         with self._claimed(job) as lock:
             if lock is None:
                 return False

@@ -62,7 +62,7 @@ def test_a_wrong_preset_is_refused_by_name_and_place(tmp_path: Path, case: str) 
     path = write_preset(tmp_path, content(**changes))
     with pytest.raises(ConfigError, match=message) as caught:
         load_preset(str(path), SHIPPED)
-    assert str(caught.value).startswith(f"--preset {path}: ")
+    assert str(caught.value).startswith(f"--preset {path} is no preset: ")
     assert "\n" not in str(caught.value)
 
 
@@ -88,6 +88,12 @@ def test_an_unknown_preset_lists_those_that_there_are() -> None:
         load_preset("big", SHIPPED)
     with pytest.raises(ConfigError, match=r"--preset big\.yaml is not known"):
         load_preset("big.yaml", SHIPPED)
+
+
+def test_a_preset_of_ones_own_does_not_take_the_place_of_ours(tmp_path: Path) -> None:
+    path = write_preset(tmp_path, content(), "smoke")
+    with pytest.raises(ConfigError, match="would write over the results of our own smoke; rename the file"):
+        load_preset(str(path), SHIPPED)
 
 
 @pytest.fixture
@@ -176,6 +182,16 @@ def test_an_empty_split_is_named(data: Path, tmp_path: Path) -> None:
     refused(tmp_path, r"COPA/val.jsonl \(--data.data_dir\) holds no records of copa")
 
 
+def test_what_could_not_be_scored_is_not_run(data: Path, tmp_path: Path) -> None:
+    tasks = {"rte": {"batches": 4, "flags": {"data.val_examples": 0}}}
+    refused(tmp_path, "rte: data.val_examples is 0, so nothing would be scored", tasks=tasks, **table())
+    for split in ("train", "val"):
+        write_lines(data / "xsum" / f"{split}.jsonl", *[RECORDS["xsum"]] * 8)
+    block = {**BLOCK, "tasks": ["xsum"]}
+    message = "xsum: data.evaluate_by is likelihood, and texts are scored as generated"
+    refused(tmp_path, message, tasks={"xsum": {"batches": 4}}, tables={"table1": [block]})
+
+
 def test_results_that_cannot_be_written_are_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
     refused(tmp_path, "--results_dir .*a file is a file; give a folder", results="a file")
@@ -204,7 +220,7 @@ def command() -> Iterator[Any]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     spec.loader.exec_module(module)
     yield module.main
     for number, handler in handlers.items():

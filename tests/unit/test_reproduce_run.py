@@ -167,6 +167,13 @@ def test_a_run_without_predictions_has_no_result(place: Place) -> None:
     assert not bench.is_done(jobs[0])
 
 
+def test_a_result_that_cannot_be_written_ends_in_one_line(place: Place) -> None:
+    bench, jobs = place.bench()
+    bench.path(jobs[0]).mkdir(parents=True)
+    with pytest.raises(RunFailed, match=f"{ONE}: its files in .*results cannot be written: .*Is a directory"):
+        bench.run_all(jobs[:1])
+
+
 def test_two_at_the_same_table_share_it(place: Place) -> None:
     place.wish(**{ONE: {"sleeps": 1.5}, OTHER: {"sleeps": 1.5}})
     (first, jobs), (second, _) = place.bench(), place.bench()
