@@ -31,12 +31,18 @@ def main(argv: list[str]) -> int:
     results = Path(own.results_dir)
     preset = load_preset(own.preset, PRESETS)
     tables = list(preset.tables) if own.what == "all" else [own.what]
-    jobs = tuning_jobs(preset) if own.what == "tune" else jobs_of(cells_of(preset, tables, own.tasks, own.seeds))
+    cells = [] if own.what == "tune" else cells_of(preset, tables, own.tasks, own.seeds)
+    jobs = tuning_jobs(preset) if own.what == "tune" else jobs_of(cells)
     from hpc.reproduce.run import Bench
 
     bench = Bench(
         root=ROOT, results=results.resolve(), data_dir=Path(own.data_dir).resolve(), preset=preset, at_once=own.jobs
     )
+    if own.dry_run:
+        from hpc.reproduce.dry_run import planned_runs, report
+
+        print(report(preset, planned_runs(preset, jobs, cells, bench.is_done)))
+        return 0
     bench.run_all(jobs)
     return 0
 

@@ -7,12 +7,14 @@ models: {small: {model.name_or_path: smollm2-135m}}
 adapters: {lora: {adapter.method: lora, train.learning_rate: 1.0e-3}}
 tasks: {rte: {batches: 40, flags: {data.max_source_length: 128}}}
 tables: {table1: [{model: small, adapters: [lora], tasks: [rte], methods: [zero_shot, centralised, serial]}]}
+estimate: {tflops: 0.05}                # what --dry_run counts with (`Assumptions`)
+shapes: {small: {model_type: llama}}    # of models that are not here: their config.json, for --dry_run alone
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,20 @@ class Tuning:
 
 
 @dataclass(kw_only=True, frozen=True)
+class Assumptions:
+    """What `--dry_run` counts with."""
+
+    tflops: float = 0.05
+    """Floating-point operations a second that a run comes to (10^12); the default is that of a CPU core."""
+    start_s: float = 10.0
+    """Until a run's first step (seconds)."""
+    held_out: Mapping[str, int] = field(default_factory=dict)
+    """Task → its held-out examples, where there are fewer than `data.val_examples` of each client."""
+    candidates: int = 10
+    """Of a question that has candidates of its own (ReCoRD): each is a row."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class Preset:
     """See the module."""
 
@@ -69,6 +85,8 @@ class Preset:
     tasks: Mapping[str, TaskPlan]
     tables: Mapping[str, tuple[Block, ...]]
     tuning: Tuning | None
+    estimate: Assumptions = Assumptions()
+    shapes: Mapping[str, Flags] = field(default_factory=dict)
 
 
 FOLDERS = {
@@ -97,7 +115,7 @@ def load_preset(name: str, folder: Path) -> Preset:
     try:
         return _preset(path.stem, content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        known = ", ".join(field.name for field in fields(Preset) if field.name != "name")
+        known = ", ".join(each.name for each in fields(Preset) if each.name != "name")
         raise ConfigError(f"--preset {name}: {path} is no preset ({_reason(error)}); it has {known}") from None
 
 
@@ -119,7 +137,10 @@ def _preset(name: str, content: Mapping[str, Any]) -> Preset:
         tasks=tasks,
         tables=tables,
         tuning=None if tuning is None else _tuning(tuning),
+        estimate=Assumptions(**content.get("estimate") or {}),
+        shapes={model: dict(shape) for model, shape in (content.get("shapes") or {}).items()},
     )
+    _known("shapes", "model", list(preset.shapes), preset.models)
     for table, blocks in tables.items():
         for block in blocks:
             _check(f"table {table}", preset, block)
