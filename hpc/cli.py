@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, get_type_hints
 
 import yaml
@@ -49,7 +49,7 @@ def parse_quickly(arguments: Sequence[str]) -> Config:
     return Config(**{name: _group(name, tuple(texts)) for name, texts in of_group.items()})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _group(name: str, arguments: tuple[str, ...]) -> Any:
     parser = _group_parser(name)
     try:
@@ -60,7 +60,7 @@ def _group(name: str, arguments: tuple[str, ...]) -> Any:
         raise ConfigError(_one_line(str(error))) from None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _group_parser(name: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False)

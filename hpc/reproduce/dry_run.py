@@ -1,4 +1,4 @@
-"""`--dry_run` of the tables: which runs there are, which are done, and what they will take. Starts and reads nothing."""
+"""`--dry_run` of the tables: the runs, which are done, and what they will take. Starts nothing, reads no data."""
 
 from __future__ import annotations
 

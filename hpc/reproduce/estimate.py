@@ -21,10 +21,10 @@ PARAMETER_BYTES = 4
 STATE = 3
 """What a hand-over has of each value that learns: itself and AdamW's two moments."""
 NOTES = """\
-time: 2 operations for each parameter of the blocks and each token forward, 2 more backward (4 with adapter.method full),
-at the speed above, and the start; every row at its longest; decoding counts each token once, but is slower than that.
+time: 2 operations for each parameter of the blocks and each token forward, 2 more backward (4 with adapter.method
+full), at the speed above, and the start. Every row is at its longest; decoding counts each token once, but is slower.
 links: payload over all links in both directions. A step has hidden states there and back, twice, and gradients to be
-summed; a run has also evaluations, hand-overs and averages."""
+summed; a run has evaluations, hand-overs and averages, too."""
 
 
 @dataclass(kw_only=True, frozen=True)
