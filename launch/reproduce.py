@@ -1,7 +1,8 @@
 """The paper's tables, each by one command: run what is not done yet, then write table and figures into results/.
 
 `python launch/reproduce.py table1 --preset small --data_dir DATA` runs; `... all --preset paper --dry_run` lists what
-would be run; `... tune` tries learning rates; `... render` makes all tables and figures again from results/raw.
+would be run; `... tune` tries learning rates; `... render` makes all tables and figures again from results/raw;
+`... score RUN_FOLDER` prints the metrics of any run that had --data.save_predictions true.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hpc.cli import run_main
+from hpc.errors import ConfigError
 from hpc.reproduce.plan import cells_of, jobs_of, tuning_jobs
 from hpc.reproduce.preset import load_preset
 
@@ -27,7 +30,13 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the command
-    own = own_parser().parse_args(argv)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    own = checked(own_parser().parse_args(argv))
+    if own.what == "score":
+        from hpc.reproduce.score_command import scores_of
+
+        print(scores_of(Path(own.run)))
+        return 0
     results = Path(own.results_dir)
     preset = load_preset(own.preset, PRESETS)
     tables = list(preset.tables) if own.what == "all" else [own.what]
@@ -47,11 +56,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists what there is")
+
+
 def own_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("what", choices=[*TABLES, "tune", "all", "render"], help="A table, or what to do.")
+    parser.add_argument("what", choices=[*TABLES, "tune", "all", "render", "score"], help="A table, or what to do.")
+    parser.add_argument("run", nargs="?", help="score: the folder of the run.")
     parser.add_argument("--preset", default="small", help="paper, small (default), smoke, or a YAML file like those.")
     parser.add_argument("--data_dir", default="data", help="Folder with the data sets (docs/data.md); default: data.")
     parser.add_argument("--results_dir", default="results", help="Where results are written; default: results.")
@@ -60,6 +75,19 @@ def own_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="Runs at the same time; default: 1.")
     parser.add_argument("--dry_run", action="store_true", help="List the runs, and start none.")
     return parser
+
+
+def checked(own: argparse.Namespace) -> argparse.Namespace:
+    """Raises `ConfigError` for values that no preset allows."""
+    if own.what != "score" and own.run is not None:
+        raise ConfigError(f"{own.what} {own.run}: a run's folder is for score; give flags with --")
+    if own.what == "score" and own.run is None:
+        raise ConfigError("score needs the folder of a run, as --run.output_dir named it")
+    if own.jobs < 1:
+        raise ConfigError(f"--jobs is {own.jobs}; it must be at least 1")
+    if any(seed < 0 for seed in own.seeds):
+        raise ConfigError(f"--seeds is {own.seeds}; a seed is a whole number from 0 on")
+    return own
 
 
 if __name__ == "__main__":

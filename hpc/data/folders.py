@@ -32,11 +32,12 @@ def file_in(folder: Path, task: str, split: str) -> Path:
     looked = ", ".join(str(path.relative_to(folder)) for path in wanted)
     hint = "" if split == "train" else "; for no evaluation give --data.val_examples 0"
     raise DataError(
-        f"{folder} (--data.data_dir) has no {split}.jsonl of {task}: looked for {looked}; {_content(folder)}{hint}"
+        f"{folder} (--data.data_dir) has no {split}.jsonl of {task}: looked for {looked}; {content_of(folder)}{hint}"
     )
 
 
-def _content(folder: Path) -> str:
+def content_of(folder: Path) -> str:
+    """What there is instead, for a message."""
     try:
         names = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
     except OSError as error:

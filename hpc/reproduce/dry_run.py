@@ -9,12 +9,12 @@ from typing import Any
 from hpc.bench.markdown import table
 from hpc.cli import parse_quickly
 from hpc.config import Config
-from hpc.errors import ModelError
+from hpc.errors import ConfigError, ModelError
 from hpc.preflight import check_cut
 from hpc.reproduce.estimate import NOTES, ModelSize, run_link_bytes, run_seconds, step_link_bytes
 from hpc.reproduce.plan import Cell, Job
 from hpc.reproduce.preset import Preset
-from hpc.reproduce.run import QUIETLY, as_flag
+from hpc.reproduce.run import OWN_SOURCE, QUIETLY, as_flag
 from hpc.source.cut import Cut
 from hpc.source.resolve import cut_of, read_config, resolve
 
@@ -52,9 +52,13 @@ class Estimator:
 
         Raises `ConfigError` or `ModelError`.
         """
-        folder = f"data/{self.preset.tasks[job.task].folder}"
         flags = [text for key, value in job.flags.items() for text in (f"--{key}", as_flag(value))]
-        return parse_quickly([*flags, "--data.data_dir", folder, *QUIETLY])
+        if OWN_SOURCE.isdisjoint(job.flags):
+            flags += ["--data.data_dir", f"data/{self.preset.tasks[job.task].folder}"]
+        try:
+            return parse_quickly([*flags, *QUIETLY])
+        except ConfigError as error:
+            raise ConfigError(f"--preset {self.preset.name}: {error} (in the flags of {job.name})") from None
 
     def planned(self, job: Job, tables: tuple[str, ...], *, done: bool) -> Planned:
         config, assumed = self.config_of(job), self.preset.estimate

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hpc.config import Config
 from hpc.data.wording import task_of
-from hpc.reproduce.preset import Assumptions
+from hpc.reproduce.assumptions import Assumptions
 from hpc.schedule import total_steps
 
 FORWARD, FROZEN_STEP, FULL_STEP = 2, 4, 6

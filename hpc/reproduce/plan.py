@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hpc.config import AdapterConfig, TrainConfig
 from hpc.errors import ConfigError
 from hpc.reproduce.methods import CENTRALISED, METHODS, ZERO_SHOT, Method
 from hpc.reproduce.preset import Block, Preset
@@ -94,7 +95,15 @@ def tuning_jobs(preset: Preset) -> list[Job]:
 
 
 def _blocks(preset: Preset, table: str) -> Sequence[Block]:
-    return preset.tables.get(table, ())
+    if table not in preset.tables:
+        raise ConfigError(f"--preset {preset.name} has no {table}; it has {', '.join(preset.tables)}")
+    for block in preset.tables[table]:
+        if ZERO_SHOT in block.methods and _starts_as_published(preset, block) is None:
+            raise ConfigError(
+                f"--preset {preset.name}: {table} has {ZERO_SHOT}, but each adapter ({', '.join(block.adapters)}) "
+                "changes the model before it is trained; add one with adapter.method lora, or leave the method out"
+            )
+    return preset.tables[table]
 
 
 def _cells_of_task(preset: Preset, table: str, block: Block, task: str, seed: int) -> Iterator[Cell]:
@@ -119,7 +128,16 @@ def _cells_of_task(preset: Preset, table: str, block: Block, task: str, seed: in
 
 def _starts_as_published(preset: Preset, block: Block) -> str | None:
     """The first adapter of a block that leaves the model as it is until it is trained."""
-    return next((name for name in block.adapters if preset.adapters[name].get("adapter.method") == "lora"), None)
+    return next((name for name in block.adapters if _leaves_as_it_is(_flags(preset, block.model, name))), None)
+
+
+def _leaves_as_it_is(flags: Mapping[str, Any]) -> bool:
+    return flags.get("adapter.method", AdapterConfig().method) in ("lora", "full")
+
+
+def _flags(preset: Preset, model: str, adapter: str, task: str | None = None) -> dict[str, Any]:
+    own = {} if task is None else preset.tasks[task].flags
+    return {**preset.common, **preset.models[model], **preset.adapters[adapter], **own}
 
 
 def _job(
@@ -128,21 +146,35 @@ def _job(
     plan = preset.tasks[task]
     flags = {
         "data.task": task,
-        **preset.common,
-        **preset.models[model],
-        **preset.adapters[adapter],
-        **plan.flags,
+        **_flags(preset, model, adapter, task),
         **method.flags,
         "train.seed": seed,
         "data.save_predictions": True,
     }
-    clients = int(flags.get("train.clients", 2))
-    flags["train.max_steps"] = plan.batches if method.by_client else max(1, plan.batches // clients)
+    flags["train.max_steps"] = _rounds(preset, task, flags) * (_clients(preset, flags) if method.by_client else 1)
     # The uncut model tells how good it is untrained; what it tells would be the same in the other rows.
-    zero_shot = method is CENTRALISED and flags.get("adapter.method") == "lora" and rate is None
+    zero_shot = method is CENTRALISED and _leaves_as_it_is(flags) and rate is None
     flags["train.eval_before"] = zero_shot and seed == plan.seeds[0]
     if rate is not None:
         flags["train.learning_rate"] = rate
     return Job(
         model=model, task=task, adapter=adapter, method=method.name, seed=seed, flags=flags, tuning=rate is not None
     )
+
+
+def _rounds(preset: Preset, task: str, flags: Mapping[str, Any]) -> int:
+    """How often each client's turn comes: so that all methods learn from as many examples, whoever works at once."""
+    batches, clients = preset.tasks[task].batches, _clients(preset, flags)
+    if batches < clients:
+        raise ConfigError(
+            f"--preset {preset.name}: tasks.{task}.batches is {batches}, less than one for each of {clients} clients "
+            "(train.clients); raise it"
+        )
+    return batches // clients
+
+
+def _clients(preset: Preset, flags: Mapping[str, Any]) -> int:
+    clients = flags.get("train.clients", TrainConfig().clients)
+    if type(clients) is not int or clients < 1:
+        raise ConfigError(f"--preset {preset.name}: train.clients is {clients!r}; it must be at least 1")
+    return clients

@@ -14,7 +14,7 @@ shapes: {small: {model_type: llama}}    # of models that are not here: their con
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import yaml
 
 from hpc.data.templates import FORMATS
 from hpc.errors import ConfigError
+from hpc.reproduce import sections
+from hpc.reproduce.assumptions import Assumptions, assumptions
 from hpc.reproduce.methods import METHODS, ZERO_SHOT
 
 Flags = Mapping[str, Any]
@@ -32,11 +34,13 @@ class TaskPlan:
     """How much of a task a run sees."""
 
     batches: int
-    """Batches of single clients that a run trains on, whatever the method makes of them."""
-    flags: Flags
-    seeds: tuple[int, ...]
-    folder: str
-    """Under `--data_dir`."""
+    """Batches of single clients that a run trains on, whatever the method makes of them; as many of each client, so
+    that what is left over is left out."""
+    flags: Flags = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    """None: the preset's."""
+    folder: str = ""
+    """Under `--data_dir`; none: the data set's own."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -60,32 +64,19 @@ class Tuning:
 
 
 @dataclass(kw_only=True, frozen=True)
-class Assumptions:
-    """What `--dry_run` counts with."""
-
-    tflops: float = 0.05
-    """Floating-point operations a second that a run comes to (10^12); the default is that of a CPU core."""
-    start_s: float = 10.0
-    """Until a run's first step (seconds)."""
-    held_out: Mapping[str, int] = field(default_factory=dict)
-    """Task → its held-out examples, where there are fewer than `data.val_examples` of each client."""
-    candidates: int = 10
-    """Of a question that has candidates of its own (ReCoRD): each is a row."""
-
-
-@dataclass(kw_only=True, frozen=True)
 class Preset:
     """See the module."""
 
     name: str
     scale: str
-    common: Flags
+    seeds: tuple[int, ...]
     models: Mapping[str, Flags]
     adapters: Mapping[str, Flags]
     tasks: Mapping[str, TaskPlan]
     tables: Mapping[str, tuple[Block, ...]]
-    tuning: Tuning | None
-    estimate: Assumptions = Assumptions()
+    common: Flags = field(default_factory=dict)
+    tuning: Tuning | None = None
+    estimate: Assumptions = field(default_factory=Assumptions)
     shapes: Mapping[str, Flags] = field(default_factory=dict)
 
 
@@ -114,63 +105,82 @@ def load_preset(name: str, folder: Path) -> Preset:
         raise ConfigError(f"--preset {name}: {path} cannot be read: {' '.join(str(error).split())}") from None
     try:
         return _preset(path.stem, content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        known = ", ".join(each.name for each in fields(Preset) if each.name != "name")
-        raise ConfigError(f"--preset {name}: {path} is no preset ({_reason(error)}); it has {known}") from None
+    except ValueError as error:
+        raise ConfigError(f"--preset {name}: {path} is no preset: {error}") from None
 
 
-def _reason(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
-
-
-def _preset(name: str, content: Mapping[str, Any]) -> Preset:
-    seeds = tuple(content["seeds"])
-    tasks = {task: _task(task, plan, seeds) for task, plan in content["tasks"].items()}
-    tables = {table: tuple(_block(each) for each in blocks) for table, blocks in content["tables"].items()}
-    tuning = content.get("tuning")
+def _preset(name: str, content: object) -> Preset:
+    given = sections.section(content, "it", Preset, aside=("name",))
+    seeds = sections.seeds(given["seeds"], "seeds")
     preset = Preset(
         name=name,
-        scale=" ".join(str(content["scale"]).split()),
-        common=dict(content.get("common") or {}),
-        models={model: dict(flags) for model, flags in content["models"].items()},
-        adapters={adapter: dict(flags) for adapter, flags in content["adapters"].items()},
-        tasks=tasks,
-        tables=tables,
-        tuning=None if tuning is None else _tuning(tuning),
-        estimate=Assumptions(**content.get("estimate") or {}),
-        shapes={model: dict(shape) for model, shape in (content.get("shapes") or {}).items()},
+        scale=" ".join(str(given["scale"]).split()),
+        seeds=seeds,
+        common=sections.flags(given.get("common"), "common"),
+        models=_flags_of_each(given, "models"),
+        adapters=_flags_of_each(given, "adapters"),
+        tasks={task: _task(task, plan, seeds) for task, plan in sections.mapping(given["tasks"], "tasks").items()},
+        tables={
+            table: _blocks(blocks, f"tables.{table}")
+            for table, blocks in sections.mapping(given["tables"], "tables").items()
+        },
+        tuning=None if given.get("tuning") is None else _tuning(given["tuning"]),
+        estimate=assumptions(given.get("estimate")),
+        shapes=_flags_of_each({"shapes": {}, **given}, "shapes"),
     )
-    _known("shapes", "model", list(preset.shapes), preset.models)
-    for table, blocks in tables.items():
+    _known("tasks", "task", list(preset.tasks), FORMATS)
+    for table, blocks in preset.tables.items():
         for block in blocks:
-            _check(f"table {table}", preset, block)
+            _check(f"tables.{table}", preset, block)
+    _known("shapes", "model", list(preset.shapes), preset.models)
+    if preset.tuning:
+        _known("tuning", "model", [preset.tuning.model], preset.models)
+        _known("tuning", "task", preset.tuning.tasks, preset.tasks)
+        _known("tuning", "adapter", list(preset.tuning.rates), preset.adapters)
     return preset
 
 
-def _task(name: str, plan: Mapping[str, Any], seeds: tuple[int, ...]) -> TaskPlan:
+def _flags_of_each(content: Mapping[str, Any], key: str) -> dict[str, Flags]:
+    return {name: sections.flags(each, f"{key}.{name}") for name, each in sections.mapping(content[key], key).items()}
+
+
+def _task(name: str, content: object, seeds: tuple[int, ...]) -> TaskPlan:
+    where = f"tasks.{name}"
+    plan = sections.section(content, where, TaskPlan)
     return TaskPlan(
-        batches=int(plan["batches"]),
-        flags=dict(plan.get("flags") or {}),
-        seeds=tuple(plan.get("seeds", seeds)),
-        folder=str(plan.get("folder", FOLDERS.get(name, name))),
+        batches=sections.at_least_one(plan["batches"], f"{where}.batches"),
+        flags=sections.flags(plan.get("flags"), f"{where}.flags"),
+        seeds=sections.seeds(plan["seeds"], f"{where}.seeds") if "seeds" in plan else seeds,
+        folder=str(plan.get("folder") or FOLDERS.get(name, name)),
     )
 
 
-def _block(content: Mapping[str, Any]) -> Block:
-    names = {name: tuple(content[name]) for name in ("adapters", "tasks", "methods")}
-    return Block(model=str(content["model"]), **names)
+def _blocks(content: object, where: str) -> tuple[Block, ...]:
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{where} must be a list of parts, each with model, adapters, tasks and methods")
+    return tuple(_block(each, f"{where}[{number}]") for number, each in enumerate(content))
 
 
-def _tuning(content: Mapping[str, Any]) -> Tuning:
-    rates = {adapter: tuple(map(float, each)) for adapter, each in content["rates"].items()}
-    return Tuning(model=str(content["model"]), tasks=tuple(content["tasks"]), rates=rates)
+def _block(content: object, where: str) -> Block:
+    given = sections.section(content, where, Block)
+    lists = {name: sections.names(given[name], f"{where}.{name}") for name in ("adapters", "tasks", "methods")}
+    return Block(model=str(given["model"]), **lists)
+
+
+def _tuning(content: object) -> Tuning:
+    given = sections.section(content, "tuning", Tuning)
+    rates = sections.mapping(given["rates"], "tuning.rates")
+    return Tuning(
+        model=str(given["model"]),
+        tasks=sections.names(given["tasks"], "tuning.tasks"),
+        rates={adapter: sections.rates(each, f"tuning.rates.{adapter}") for adapter, each in rates.items()},
+    )
 
 
 def _check(where: str, preset: Preset, block: Block) -> None:
     _known(where, "model", [block.model], preset.models)
     _known(where, "adapter", block.adapters, preset.adapters)
     _known(where, "task", block.tasks, preset.tasks)
-    _known(where, "task", block.tasks, FORMATS)
     _known(where, "method", block.methods, [*METHODS, ZERO_SHOT])
     for method in block.methods:
         needed = METHODS[method].reference if method in METHODS else None

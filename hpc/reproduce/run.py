@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from hpc.cli import make_parser, parse
 from hpc.config import Config
-from hpc.errors import BadInput, HpcError
+from hpc.errors import BadInput, DataError, HpcError, Paused
 from hpc.link.identity import ensure_local
+from hpc.preflight import check_folder
 from hpc.reproduce import raw
+from hpc.reproduce.check import check_configs, configs_of, folder_of
 from hpc.reproduce.plan import Job
 from hpc.reproduce.preset import Preset
+from hpc.reproduce.processes import Processes
 from hpc.reproduce.tuning_data import divide
 
-GRACE_S = 20.0  # for a run that is told to end
+POLL_S = 1.0
 SCRIPT = "launch/local.py"
 # What a run writes beside its result is for whoever watches one run; here there are hundreds.
 QUIETLY = ("--run.report_to", "[]", "--run.save_adapter", "false")
 
 
+# A preset's flags may say where a task's data comes from; else it is in a folder of `--data_dir`.
+OWN_SOURCE = {"data.data_dir", "data.train_file", "data.hub_name", "data.train_examples"}
+
+
 class RunFailed(HpcError):
-    """A run of a table ended with an error."""
+    """A run of a table ended with an error; carries its exit code where that says more than 1."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = code if code in (BadInput.exit_code, Paused.exit_code) else 1
 
 
 @dataclass(kw_only=True)
@@ -50,9 +57,9 @@ class Bench:
     preset: Preset
     at_once: int = 1
     """Runs at the same time."""
-    say: Callable[[str], None] = print
-    _processes: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    _ended: threading.Event = field(default_factory=threading.Event)
+    say: Callable[[str], None] = field(default_factory=lambda: partial(print, flush=True))
+    _configs: dict[str, Config] = field(default_factory=dict)
+    _processes: Processes = field(default_factory=Processes)
 
     @property
     def folder(self) -> Path:
@@ -70,76 +77,97 @@ class Bench:
             return False
 
     def run_all(self, jobs: Sequence[Job]) -> None:
-        """Every job that is not done, some at once. What another process is at, is left to it.
+        """Every job that is not done, some at once. What another process is at is waited for, or done if that one dies.
 
-        Raises `RunFailed` at the first that fails; what is under way ends with it, and what is done stays.
+        Raises a `BadInput` error before the first run where a run could not work; `RunFailed` at the first that fails:
+        what is under way ends with it, and what is done stays.
         """
         todo = [job for job in jobs if not self.is_done(job)]
         self.say(f"{len(jobs)} runs, {len(jobs) - len(todo)} done already")
-        ensure_local(self._keys, max((self._config(job).train.clients for job in todo), default=1))
+        if todo:
+            self._prepare(todo)
+            self._run(todo)
+
+    def _prepare(self, todo: Sequence[Job]) -> None:
+        """Find what is wrong before work begins."""
+        check_folder("--results_dir", self.results)
+        self._configs = configs_of(self.preset.name, {job.name: self._flags(job) for job in todo})
+        check_configs(self._configs.values())
+        ensure_local(self._keys, max(config.train.clients for config in self._configs.values()))
+
+    def _run(self, todo: Sequence[Job]) -> None:
+        places = {job.name: f"{n}/{len(todo)}" for n, job in enumerate(todo, start=1)}
         with ThreadPoolExecutor(self.at_once) as pool:
             try:
-                running = {pool.submit(self._one, job, f"{n}/{len(todo)}") for n, job in enumerate(todo, start=1)}
-                while running:
-                    ended, running = wait(running, return_when=FIRST_COMPLETED)
-                    for each in ended:
-                        each.result()
+                told = ""
+                while todo := self._round(pool, todo, places):
+                    names = ", ".join(job.name for job in todo)
+                    if names != told:
+                        self.say(f"waiting for what another process is at ({len(todo)}): {names}")
+                    told = names
+                    time.sleep(POLL_S)
             finally:
-                self._ended.set()
                 pool.shutdown(wait=False, cancel_futures=True)
-                self._stop()
+                self._processes.end(self.say)
 
-    def _one(self, job: Job, place: str) -> None:
-        with self._claimed(job) as mine:
-            if self._ended.is_set() or not mine or self.is_done(job):
-                return
+    def _round(self, pool: ThreadPoolExecutor, todo: Sequence[Job], places: Mapping[str, str]) -> Sequence[Job]:
+        """Each job once; returns those that another process is at."""
+        running = {pool.submit(self._one, job, places[job.name]): job for job in todo}
+        waiting = set(running)
+        while waiting:
+            ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for each in ended:
+                each.result()
+        return [job for each, job in running.items() if not each.result()]
+
+    def _one(self, job: Job, place: str) -> bool:
+        """Whether the job is done, or nothing more is to be done."""
+        with self._claimed(job) as lock:
+            if lock is None:
+                return False
+            if self._processes.ended or self.is_done(job):
+                return True
             begin = time.monotonic()
-            flags, config = self._flags(job), self._config(job)
-            folder = self.folder / job.name
-            self._start(job, flags, folder)
-            command = shlex.join(["python", SCRIPT, *self._without_folders(flags)])
-            seconds = time.monotonic() - begin
-            content = raw.record(
-                job, self.preset.name, self.preset.scale, config, folder, command=command, seconds=seconds
-            )
+            flags, folder = self._flags(job), self.folder / job.name
+            if not self._start(job, flags, folder, lock):
+                return True
+            content = self._record(job, flags, folder, time.monotonic() - begin)
             raw.write(self.path(job), content)
-            self.say(f"[{place}] {job.name}: {_told(content)} ({seconds:.0f} s)")
+            _drop_checkpoints(folder)
+            self.say(f"[{place}] {job.name}: {_told(content)} ({content['seconds']:.0f} s)")
+            return True
 
-    def _start(self, job: Job, flags: list[str], folder: Path) -> None:
-        resumes = any(folder.glob("checkpoint-*/manifest.json")) and not (folder / "summary.json").exists()
-        if resumes:
+    def _record(self, job: Job, flags: list[str], folder: Path, seconds: float) -> dict[str, Any]:
+        command = shlex.join(["python", SCRIPT, *self._without_folders(flags)])
+        config, preset = self._configs[job.name], self.preset
+        try:
+            return raw.record(job, preset.name, preset.scale, config, folder, command=command, seconds=seconds)
+        except DataError as error:
+            raise RunFailed(f"{job.name} ended well, but {error} (its output: {_beside(folder, 'log')})") from None
+
+    def _start(self, job: Job, flags: list[str], folder: Path, lock: IO[str]) -> bool:
+        """Run to the end; False if this command is ended meanwhile. The run holds the lock, in case it survives us."""
+        log, settings = _beside(folder, "log"), _beside(folder, "settings")
+        if _can_go_on(folder, settings, job):
             flags = [*flags, "--run.resume_from_checkpoint", "latest"]
         else:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off, or of other settings
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        log = folder.with_suffix(".log")
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, str(self.root / SCRIPT), *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._processes.add(process)
-        code = process.wait()
-        self._processes.discard(process)
-        if code and not self._ended.is_set():
-            raise RunFailed(f"{job.name} ended with exit code {code}: {_last_line(log)} (all of it: {log})")
+            settings.write_text(job.fingerprint, encoding="utf-8")
+        code = self._processes.run([sys.executable, str(self.root / SCRIPT), *flags], log, hand_down=lock.fileno())
+        if code and not self._processes.ended:
+            raise RunFailed(f"{job.name} ended with exit code {code}: {_last_line(log)} (all of it: {log})", code)
+        return code == 0
 
     @contextmanager
-    def _claimed(self, job: Job) -> Iterator[bool]:
-        """Whether the job is this process's to do: two of them may work at one preset."""
+    def _claimed(self, job: Job) -> Iterator[IO[str] | None]:
+        """A lock if the job is this process's to do: two of them may work at one preset."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f".{job.name}.lock").open("w") as lock:
-            yield _locked(lock)
+            yield lock if _locked(lock) else None
 
     @property
     def _keys(self) -> Path:
         return self.results / "runs" / "reproduce" / "keys"
-
-    def _config(self, job: Job) -> Config:
-        return parse(make_parser(""), self._flags(job))[0]
 
     def _flags(self, job: Job) -> list[str]:
         flags = [text for key, value in job.flags.items() for text in (f"--{key}", as_flag(value))]
@@ -147,12 +175,12 @@ class Bench:
         return [*flags, *self._data(job), *folder, *keys, *QUIETLY]
 
     def _data(self, job: Job) -> tuple[str, ...]:
-        folder = self.data_dir / self.preset.tasks[job.task].folder
+        if not job.tuning and not OWN_SOURCE.isdisjoint(job.flags):
+            return ()
+        folder = folder_of(self.data_dir, self.preset.tasks[job.task].folder, job.task)
         if not job.tuning:
             return ("--data.data_dir", str(folder))
-        part = self.folder / "tuning-data" / job.task
-        if not (part / "train.jsonl").exists():
-            divide(folder, part)
+        part = divide(folder, self.folder / "tuning-data" / job.task)
         return ("--data.train_file", str(part / "train.jsonl"), "--data.val_file", str(part / "val.jsonl"))
 
     def _without_folders(self, flags: list[str]) -> list[str]:
@@ -162,15 +190,22 @@ class Bench:
             flags = [name + flag.removeprefix(folder) if flag.startswith(f"{folder}/") else flag for flag in flags]
         return flags
 
-    def _stop(self) -> None:
-        """Nothing outlives the command; a launcher that is told to end ends its roles."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            alive = [process for process in self._processes if process.poll() is None]
-            for process in alive:
-                os.killpg(process.pid, number)
-            deadline = time.monotonic() + GRACE_S
-            while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
-                time.sleep(0.1)
+
+def _can_go_on(folder: Path, settings: Path, job: Job) -> bool:
+    """Whether a run of these very settings stopped at a checkpoint."""
+    stopped = any(folder.glob("checkpoint-*/manifest.json")) and not (folder / "summary.json").exists()
+    return stopped and settings.is_file() and settings.read_text(encoding="utf-8") == job.fingerprint
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    """Of a run that is done: nothing goes on from them, and hundreds of runs' would fill a disc."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    """A file beside a run's folder; its name may have points in it."""
+    return folder.with_name(f"{folder.name}.{ending}")
 
 
 def as_flag(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,19 @@ from hpc.data.wording import task_of
 from hpc.errors import DataError
 from hpc.metrics.labels import parse_label
 from hpc.metrics.multirc import Answer
-from hpc.metrics.table import LABELS, METRICS, MULTIRC, RECORD, Metrics, metrics_of
+from hpc.metrics.table import LABELS, METRICS, MULTIRC, OF_LANGUAGE, RECORD, Metrics, metrics_of
 from hpc.predictions import predictions_path
 
 Line = dict[str, Any]
-KEYS = ("kind", "choices", "chosen", "decoded", "right", "question")
+# Field → what it may be.
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "kind": ("labels, candidates or text", lambda value: value in ("labels", "candidates", "text")),
+    "choices": ("a list of texts, or null", lambda value: value is None or _texts(value)),
+    "chosen": ("a whole number, or null", lambda value: value is None or type(value) is int),
+    "decoded": ("a text, or null", lambda value: value is None or isinstance(value, str)),
+    "right": ("a list of texts", lambda value: _texts(value)),
+    "question": ("a text, or null", lambda value: value is None or isinstance(value, str)),
+}
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -45,12 +53,15 @@ def score_run(folder: Path, config: Config, step: int) -> Scored:
 def score(lines: Sequence[Line], config: Config) -> Scored:
     """Lines of `hpc.predictions`, of all clients."""
     task = task_of(config.data)
-    metrics = metrics_of_task(task)
+    labels = any(line["kind"] == "labels" for line in lines)
+    metrics = LABELS if labels and task.kind == "text" else metrics_of_task(task)  # `jsonl` in BoolQ's format
     decodes = config.data.evaluate_by == "generation"
+    if (decodes or metrics in OF_LANGUAGE.values()) and any(line["decoded"] is None for line in lines):
+        raise DataError("nothing was decoded, so there is no text to score; run with --data.evaluate_by generation")
     chosen = [_chosen(line, decodes=decodes) for line in lines]
     texts = [None if i is None else str(line["choices"][i]) for line, i in zip(lines, chosen, strict=True)]
-    if task.kind == "text":
-        found = metrics.score([line["decoded"] or "" for line in lines], [line["right"][0] for line in lines])
+    if metrics in OF_LANGUAGE.values():
+        found = metrics.score([line["decoded"] for line in lines], [line["right"][0] for line in lines])
     elif metrics is MULTIRC:
         yes = task.verbalisers[0].strip()
         answers = [Answer(question=line["question"], correct=line["right"] == [yes]) for line in lines]
@@ -72,7 +83,7 @@ def metrics_of_task(task: Task) -> Metrics:
 def read_lines(path: Path) -> list[Line]:
     """Raises `DataError` with file, line and field."""
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not at U+2028, which may be in a text
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"predictions cannot be read: {error}") from None
     return [_line(f"{path}, line {number}", text) for number, text in enumerate(texts, start=1)]
@@ -83,11 +94,28 @@ def _line(where: str, text: str) -> Line:
         line = json.loads(text)
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); evaluate the run again") from None
-    missing = [key for key in KEYS if not isinstance(line, dict) or key not in line]
-    if missing:
-        raise DataError(f"{where}: no field {missing[0]!r}; evaluate the run again")
+    if not isinstance(line, dict):
+        raise DataError(f"{where}: no object with named fields; evaluate the run again")
+    for name, (rule, holds) in FIELDS.items():
+        if name not in line:
+            raise DataError(f"{where}: no field {name!r}; evaluate the run again")
+        if not holds(line[name]):
+            raise DataError(f"{where}: field {name!r} is {line[name]!r:.40}, not {rule}; evaluate the run again")
+    _check_choice(where, line)
     found: Line = line
     return found
+
+
+def _check_choice(where: str, line: Line) -> None:
+    text, choices, chosen = line["kind"] == "text", line["choices"], line["chosen"]
+    if (choices is None) != text or (chosen is None) != text:
+        raise DataError(f"{where}: fields 'choices' and 'chosen' do not fit 'kind' {line['kind']}; evaluate it again")
+    if choices is not None and not 0 <= chosen < len(choices):
+        raise DataError(f"{where}: field 'chosen' is {chosen}, and there are {len(choices)} choices; evaluate it again")
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def _file(folder: Path, step: int, client: int) -> Path:
@@ -99,4 +127,4 @@ def _file(folder: Path, step: int, client: int) -> Path:
 def _chosen(line: Line, *, decodes: bool) -> int | None:
     if line["choices"] is None:
         return None
-    return parse_label(line["decoded"] or "", line["choices"]) if decodes else line["chosen"]
+    return parse_label(line["decoded"], line["choices"]) if decodes else line["chosen"]

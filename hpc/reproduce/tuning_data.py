@@ -15,7 +15,7 @@ def divide(source: Path, target: Path) -> Path:
     """`train.jsonl` and `val.jsonl` in `target`, both from `source`'s `train.jsonl`; returns `target`."""
     path = source / "train.jsonl"
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if len(lines) < HELD_OUT:

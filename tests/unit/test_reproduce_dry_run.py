@@ -21,6 +21,7 @@ from hpc.model.estimate import bytes_of, role_bytes, role_weights
 from hpc.model.pretrained import config_of_shape, load_tokenizer
 from hpc.report.events import read_events, role_path
 from hpc.reproduce import raw
+from hpc.reproduce.assumptions import Assumptions
 from hpc.reproduce.estimate import (
     ModelSize,
     averages,
@@ -33,7 +34,7 @@ from hpc.reproduce.estimate import (
     step_link_bytes,
 )
 from hpc.reproduce.plan import cells_of, jobs_of
-from hpc.reproduce.preset import Assumptions, load_preset
+from hpc.reproduce.preset import load_preset
 from hpc.schedule import HandOver, Sync, TrainStep, instructions
 from hpc.source.cut import Cut
 from tests.loopback import run_split
@@ -232,13 +233,19 @@ def changed(tmp_path: Path, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"common": {"data.partition": "iid", "train.clinets": 2}}, ConfigError, "unknown key train.clinets; did you mean train.clients"),
-        ({"common": {"data.partition": "iid", "train.clients": 0}}, ConfigError, "--train.clients is 0"),
+        (
+            {"common": {"data.partition": "iid", "train.clinets": 2}},
+            ConfigError,
+            "unknown key train.clinets; did you mean train.clients",
+        ),
+        ({"common": {"data.partition": "iid", "train.clients": 0}}, ConfigError, "train.clients is 0"),
         ({"common": {"data.partition": "iid", "trunk.ranks": 3}}, ConfigError, "--trunk.ranks 3 exceeds"),
         ({"shapes": {"tiny-llama": {"model_type": "llama", "num_hidden_layers": 2}}}, ConfigError, "leave no trunk"),
         ({"shapes": {"tiny-llama": {"model_type": "lama", "num_hidden_layers": 9}}}, ModelError, "not the shape"),
         ({"shapes": {"other": {}}}, ConfigError, "'other' is not one of tiny-llama"),
-        ({"estimate": {"tflop": 1}}, ConfigError, "tflop"),
+        ({"estimate": {"tflop": 1}}, ConfigError, "unknown key 'tflop'; did you mean tflops"),
+        ({"estimate": {"tflops": 0}}, ConfigError, "estimate.tflops is 0; it must be a number above 0"),
+        ({"estimate": {"held_out": {"rte": "all"}}}, ConfigError, "estimate.held_out.rte is 'all'"),
         ({"models": {"tiny-llama": {"model.name_or_path": "some/model"}}}, ModelError, "in the preset's shapes"),
     ],
 )

@@ -1,0 +1,52 @@
+"""Everything that can be wrong with a table's runs, found before the first one starts. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from hpc.cli import parse_quickly
+from hpc.config import Config
+from hpc.data.folders import FOLDERS, content_of, file_in
+from hpc.errors import ConfigError, DataError
+from hpc.preflight import check, check_data
+
+CLIENT_ID = "{client_id}"
+
+
+def configs_of(preset: str, flags: Mapping[str, list[str]]) -> dict[str, Config]:
+    """Run → its configuration, from its flags. Raises `ConfigError` that names the preset, the key and the run."""
+    found = {}
+    for name, given in flags.items():
+        try:
+            found[name] = parse_quickly(given)
+        except ConfigError as error:
+            raise ConfigError(f"--preset {preset}: {error} (in the flags of {name})") from None
+    return found
+
+
+def check_configs(configs: Iterable[Config]) -> None:
+    """Each model and each client's data once. Raises a `BadInput` error for the first that no run could work with."""
+    models = {repr((each.model, each.adapter, each.trunk, each.train.schedule)): each for each in configs}
+    for each in models.values():
+        check(each, coordinates=False)
+    data = {repr((each.data, each.train.clients)): each for each in configs}
+    for each in data.values():
+        check_data(each, range(each.train.clients))
+
+
+def folder_of(data_dir: Path, folder: str, task: str) -> Path:
+    """Where a task's files are: in the preset's `folder` or the publisher's. Raises `DataError` if in none."""
+    if CLIENT_ID in folder:
+        return data_dir / folder
+    if not data_dir.is_dir():
+        raise DataError(f"--data_dir {data_dir} is no folder; give the one that holds the data sets (docs/data.md)")
+    names = list(dict.fromkeys((folder, *FOLDERS.get(task, ()))))
+    for name in names:
+        if (data_dir / name / "train.jsonl").is_file():
+            return data_dir / name
+    if (data_dir / folder).is_dir():
+        file_in(data_dir / folder, task, "train")  # raises, unless the publisher's folders are in it
+        return data_dir / folder
+    looked = ", ".join(f"{name}/train.jsonl" for name in names)
+    raise DataError(f"--data_dir {data_dir} has no data of {task}: looked for {looked}; {content_of(data_dir)}")
