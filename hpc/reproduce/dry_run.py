@@ -11,6 +11,7 @@ from hpc.cli import parse_quickly
 from hpc.config import Config
 from hpc.errors import ConfigError, ModelError
 from hpc.preflight import check_cut
+from hpc.report.cells import size
 from hpc.reproduce.estimate import NOTES, ModelSize, run_link_bytes, run_seconds, step_link_bytes
 from hpc.reproduce.plan import Cell, Job
 from hpc.reproduce.preset import Preset
@@ -20,9 +21,10 @@ from hpc.source.resolve import cut_of, read_config, resolve
 
 COLUMNS = (
     "table", "model", "task", "adapter", "method", "seeds", "done", "steps", "time a run",
-    "trunk GiB", "client GiB", "uncut GiB", "MB a step", "GB a run",
+    "trunk", "client", "uncut", "MB a step", "GB a run",
 )  # fmt: skip
 WORDS = 6
+ROLES = ("trunk", "client", "centralised")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -66,7 +68,7 @@ class Estimator:
         check_cut(config, raw_config)
         roles = self._roles(config, hf_config, cut_of(config.model, raw_config))
         trunk, client = roles["trunk"], roles["client"]
-        size = ModelSize(
+        model_size = ModelSize(
             hidden_size=trunk.hidden_size,
             value_bytes={"float32": 4}.get(config.model.dtype, 2),
             block_values=trunk.block_values + client.block_values,
@@ -77,10 +79,10 @@ class Estimator:
             tables=tables,
             done=done,
             steps=config.train.max_steps,
-            seconds=run_seconds(config, size, assumed),
+            seconds=run_seconds(config, model_size, assumed),
             roles=_memory(config, roles),
-            step_link_bytes=step_link_bytes(config, size),
-            link_bytes=run_link_bytes(config, size, assumed),
+            step_link_bytes=step_link_bytes(config, model_size),
+            link_bytes=run_link_bytes(config, model_size, assumed),
         )
 
     def _model(self, name: str, config: Config) -> tuple[Any, dict[str, Any]]:
@@ -140,7 +142,7 @@ def report(preset: Preset, runs: Sequence[Planned]) -> str:
     from hpc.model.estimate import CONTENTS
 
     todo = [run for run in runs if not run.done]
-    most = {kind: max(run.roles.get(kind, 0) for run in runs) for kind in ("trunk", "client", "centralised")}
+    most = {kind: max((run.roles.get(kind, 0) for run in runs), default=0) for kind in ROLES}
     speed = f"{preset.estimate.tflops:g} * 10^12 operations a second, {preset.estimate.start_s:g} s to start a run"
     return "\n".join(
         [
@@ -151,8 +153,7 @@ def report(preset: Preset, runs: Sequence[Planned]) -> str:
             f"{len(runs)} runs, {len(runs) - len(todo)} done already; left: {len(todo)} runs, "
             f"about {_time(sum(run.seconds for run in todo))} one after another, "
             f"{sum(run.link_bytes for run in todo) / 1e9:,.1f} GB over the links",
-            f"most memory of a trunk {_gib(most['trunk'])} GiB, a client {_gib(most['client'])} GiB, the uncut model "
-            f"{_gib(most['centralised'])} GiB",
+            f"most memory: {', '.join(f'{kind} {size(number)}' for kind, number in most.items())}",
             "",
             f"speed assumed: {speed}",
             NOTES,
@@ -175,7 +176,7 @@ def _groups(runs: Sequence[Planned]) -> Iterator[list[Planned]]:
 def _line(group: Sequence[Planned]) -> list[str]:
     run, job = group[0], group[0].job
     rate = f" lr {job.flags['train.learning_rate']:g}" if job.tuning else ""
-    memory = [_gib(run.roles.get(kind)) for kind in ("trunk", "client", "centralised")]
+    memory = [size(run.roles.get(kind)) for kind in ROLES]
     cut = "centralised" not in run.roles
     return [
         "+".join(run.tables),
@@ -191,10 +192,6 @@ def _line(group: Sequence[Planned]) -> list[str]:
         f"{run.step_link_bytes / 1e6:.2f}" if cut else "-",
         f"{run.link_bytes / 1e9:.2f}" if cut else "-",
     ]
-
-
-def _gib(number: int | None) -> str:
-    return "-" if number is None else f"{number / 2**30:.2f}"
 
 
 def _time(seconds: float) -> str:

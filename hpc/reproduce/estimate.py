@@ -24,7 +24,8 @@ NOTES = """\
 time: 2 operations for each parameter of the blocks and each token forward, 2 more backward (4 with adapter.method
 full), at the speed above, and the start. Every row is at its longest; decoding counts each token once, but is slower.
 links: payload over all links in both directions. A step has hidden states there and back, twice, and gradients to be
-summed; a run has evaluations, hand-overs and averages, too."""
+summed; a run has evaluations, hand-overs and averages, too.
+zero_shot has no run of its own: the first seed's centralised run with lora is scored before its first step."""
 
 
 @dataclass(kw_only=True, frozen=True)
