@@ -222,6 +222,17 @@ def test_other_presets_are_listed_too(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_preset_in_the_docs_is_whole(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    example = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "my.yaml").write_text(example.replace("some-folder/my-llama", "tiny-llama"))
+    flags = ["--preset", str(tmp_path / "my.yaml"), "--results_dir", str(tmp_path / "results"), "--dry_run"]
+    assert script.main(["all", *flags]) == 0
+    assert "6 runs, 0 done already" in capsys.readouterr().out
+
+
 def changed(tmp_path: Path, **changes: Any) -> str:
     """The smoke preset with other sections."""
     import yaml
