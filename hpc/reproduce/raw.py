@@ -20,7 +20,18 @@ from hpc.reproduce.score import Scored, score_run
 Raw = Mapping[str, Any]
 FORMAT = 1
 FOLDER = Path("raw") / "reproduce"
-KEYS = ("format", "preset", "job", "fingerprint", "flags", "metrics", "losses", "predictions", "command", "git_commit")
+KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("preset", "scale", "job", "model", "task", "adapter", "method", "fingerprint", "date"), str),
+    **dict.fromkeys(("flags", "metrics", "predictions", "versions", "machine", "config"), dict),
+    **dict.fromkeys(("metrics_before", "predictions_before"), (dict, type(None))),
+    **dict.fromkeys(("format", "seed", "examples"), int),
+    "tuning": bool,
+    "eval_loss": (int, float),
+    "losses": list,
+    "command": str,
+    "git_commit": (str, type(None)),
+}
+"""What a table is made from."""
 
 
 def raw_path(results: Path, preset: str, job: Job) -> Path:
@@ -75,13 +86,22 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 def read(path: Path) -> Raw:
     """Raises `DataError` for a file that is not a run's, or not whole."""
-    content = read_json(path)
-    missing = [key for key in KEYS if key not in content]
-    if missing or content["format"] != FORMAT:
-        what = f"has no {missing[0]!r}" if missing else f"is of format {content['format']}, not {FORMAT}"
-        raise DataError(f"{path} {what}; delete it, and its run is done again")
-    found: Raw = decode(content)
+    found: Raw = decode(read_json(path))
+    missing = [key for key in KINDS if key not in found]
+    wrong = [key for key, kind in KINDS.items() if key in found and not isinstance(found[key], kind)]
+    if missing or wrong or found["format"] != FORMAT or found["job"] != path.stem:
+        raise DataError(f"{path} {_fault(path, found, missing, wrong)}; delete it, and its run is done again")
     return found
+
+
+def _fault(path: Path, content: Raw, missing: list[str], wrong: list[str]) -> str:
+    if missing:
+        return f"has no {missing[0]!r}"
+    if wrong:
+        return f"has {content[wrong[0]]!r} as {wrong[0]!r}"
+    if content["format"] != FORMAT:
+        return f"is of format {content['format']}, not {FORMAT}"
+    return f"is of run {content['job']}, whose name it does not have"
 
 
 def read_all(results: Path, preset: str) -> Iterator[Raw]:
