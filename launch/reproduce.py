@@ -30,6 +30,12 @@ def main(argv: list[str]) -> int:
     own = own_parser().parse_args(argv)
     results = Path(own.results_dir)
     preset = load_preset(own.preset, PRESETS)
+    from hpc.reproduce.render import render, render_preset
+
+    if own.what == "render":
+        for path in render(results, PRESETS, others=[preset]):
+            print(path)
+        return 0
     tables = list(preset.tables) if own.what == "all" else [own.what]
     jobs = tuning_jobs(preset) if own.what == "tune" else jobs_of(cells_of(preset, tables, own.tasks, own.seeds))
     from hpc.reproduce.run import Bench
@@ -38,6 +44,11 @@ def main(argv: list[str]) -> int:
         root=ROOT, results=results.resolve(), data_dir=Path(own.data_dir).resolve(), preset=preset, at_once=own.jobs
     )
     bench.run_all(jobs)
+    asked = ["tuning"] if own.what == "tune" else tables
+    for path in render_preset(results, preset):
+        print(path)
+        if path.suffix == ".md" and path.stem.removesuffix(f"-{preset.name}") in asked:
+            print(path.read_text(encoding="utf-8"))
     return 0
 
 

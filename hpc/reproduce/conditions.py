@@ -35,11 +35,11 @@ def settings(rows: Sequence[Row], runs: Runs) -> str:
 def origin(raws: Sequence[Raw], command: str) -> list[str]:
     """Machine, versions, commits, time and command: paragraphs."""
     dates = sorted(raw["date"] for raw in raws)
-    when = joined([dates[0], dates[-1]]).replace(", ", " – ")
+    when = " – ".join(dict.fromkeys([dates[0], dates[-1]]))
     minutes = sum(raw["seconds"] for raw in raws) / 60
     commits = ", ".join(f"`{commit}`" for commit in sorted({str(raw["git_commit"]) for raw in raws}))
     return [
-        f"Made by `{command}`: {len(raws)} runs, {minutes:.1f} min of wall time together, {when}, commit {commits}. "
+        f"Made by `{command}`: {len(raws)} runs of {minutes:.1f} min of wall time together, {when}, commit {commits}. "
         "Each run's own command is in its file.",
         f"Machine: {joined(_machine(raw['machine']) for raw in raws)}. {joined(_versions(raw) for raw in raws)}.",
     ]
@@ -82,4 +82,4 @@ def _machine(about: Mapping[str, Any]) -> str:
 
 
 def _versions(raw: Raw) -> str:
-    return " ".join(f"{name} {raw['versions'].get(name)}" for name in PACKAGES)
+    return ", ".join(f"{name} {raw['versions'].get(name)}" for name in PACKAGES)

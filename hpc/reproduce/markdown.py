@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hpc.bench.markdown import table as markdown
+from hpc.metrics.table import METRICS
 from hpc.reproduce import conditions, published
 from hpc.reproduce.methods import METHODS, TITLES
 from hpc.reproduce.numbers import NOTHING, loss_difference, mean_and_sd, metric_title, points
@@ -60,8 +61,8 @@ def _model(table: str, rows: Sequence[Row], runs: Runs) -> list[str]:
 
 
 def _scores(table: str, tasks: Sequence[str], rows: Sequence[Row]) -> str:
-    main = {row.task: next(iter(row.metrics)) for row in rows if row.results}
-    heads = [f"{task}: {metric_title(main[task])}" if task in main else task for task in tasks]
+    main = {task: _main_metric(task, rows) for task in tasks}
+    heads = [f"{task}: {metric_title(metric)}" for task, metric in main.items()]
     lines = [[*kind, *(_score(_at(rows, kind, task)) for task in tasks)] for kind in _kinds(rows)]
     scores = [score for score in published.SCORES if score.table == table]
     for method in dict.fromkeys(score.method for score in scores):
@@ -69,6 +70,12 @@ def _scores(table: str, tasks: Sequence[str], rows: Sequence[Row]) -> str:
         lines += [["published", method, *told.values()]] if any(map(NOTHING.__ne__, told.values())) else []
     intro = "Percent; mean ± sample standard deviation over seeds, where there are several."
     return f"{intro}\n\n{markdown(('adapter', 'method', *heads), _titled(lines), words=2)}"
+
+
+def _main_metric(task: str, rows: Sequence[Row]) -> str:
+    """As the runs have it; before there are any, as they will."""
+    known = (name for row in rows if row.task == task for name in row.metrics)
+    return next(known, METRICS[task].names[0] if task in METRICS else "")
 
 
 def _score(row: Row | None) -> str:
@@ -82,7 +89,7 @@ def _score(row: Row | None) -> str:
 def _told(scores: Sequence[published.Score], task: str, main: Mapping[str, str]) -> str:
     """What is published of a task; of which metric, where it is not the column's."""
     said = [
-        f"{score.value:g}" + (f" ({metric_title(score.metric)})" if score.metric != main.get(task) else "")
+        f"{score.value:g}" + (f" ({metric_title(score.metric)})" if score.metric != main[task] else "")
         for score in scores
         if score.task == task
     ]
@@ -97,12 +104,14 @@ def _unparsed(rows: Sequence[Row]) -> str:
 
 def _promise(rows: Sequence[Row]) -> str:
     """What the rows that compute the same function promise, and whether these runs kept it."""
-    same = [row.comparison for row in rows if row.comparison and row.comparison.same_function]
-    names = ", ".join(TITLES[name] for name, method in METHODS.items() if method.same_function)
-    broken = [each for each in same if not (all(each.equal) and not any(map(any, each.differences.values())))]
-    total = sum(len(each.equal) for each in same)
-    kept = "in all of them" if not broken else f"not in these: {len(broken)} cells below"
-    return f"{names} compute what their reference does: metrics and predictions must be equal. {total} pairs: {kept}."
+    pairs = [(row, row.comparison) for row in rows if row.comparison and row.comparison.same_function]
+    names = "; ".join(TITLES[name] for name, method in METHODS.items() if method.same_function)
+    broken = [f"{row.task}, {row.adapter}, {TITLES[row.method]}" for row, each in pairs if not each.is_equal]
+    kept = f"**NOT in {'; '.join(broken)}**" if broken else "so it is in all of them"
+    return (
+        f"These compute what their reference does, so that metrics and predictions must be equal: {names}. "
+        f"Pairs of runs compared: {sum(len(each.equal) for _, each in pairs)}; {kept}."
+    )
 
 
 def _comparisons(table: str, tasks: Sequence[str], rows: Sequence[Row]) -> str:
@@ -131,7 +140,7 @@ def _compared(comparison: Comparison | None) -> str:
 
 def _gap(gap: published.Gap) -> str:
     said = f"{gap.value:+.2f}" if gap.value else "0"
-    kind = f", {gap.metric}" if gap.metric and gap.metric != "accuracy" else ""
+    kind = f", {gap.metric}" if gap.metric else ""
     return f"at most {said}{kind}" if gap.at_most else said
 
 

@@ -89,9 +89,22 @@ def read(path: Path) -> Raw:
     found: Raw = decode(read_json(path))
     missing = [key for key in KINDS if key not in found]
     wrong = [key for key, kind in KINDS.items() if key in found and not isinstance(found[key], kind)]
+    if not missing and not wrong:
+        wrong = [key for key, numbers in _numbers(found).items() if not _are_numbers(numbers)]
     if missing or wrong or found["format"] != FORMAT or found["job"] != path.stem:
         raise DataError(f"{path} {_fault(path, found, missing, wrong)}; delete it, and its run is done again")
     return found
+
+
+def _numbers(content: Raw) -> dict[str, list[Any]]:
+    """Key → what must be numbers; among metrics those without which they are none."""
+    when = [key for key in ("metrics", "metrics_before") if content[key] is not None]
+    metrics = {key: [*content[key].values(), content[key].get("unparsed")] for key in when}
+    return metrics | {"losses": content["losses"]}
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
 
 
 def _fault(path: Path, content: Raw, missing: list[str], wrong: list[str]) -> str:

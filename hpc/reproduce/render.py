@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from hpc.errors import HpcError
 from hpc.reproduce import csv_file, markdown, raw, tuning
-from hpc.reproduce.figures import draw_losses, draw_metrics
+from hpc.reproduce.loss_figure import draw_losses
+from hpc.reproduce.metric_figure import draw_metrics
 from hpc.reproduce.preset import Preset, load_preset
 from hpc.reproduce.rows import Row, Runs, rows_of, sort_out
 
@@ -22,41 +23,62 @@ class RenderTimeout(HpcError):
     """Another process holds the lock for longer than a rendering can take."""
 
 
-def render(results: Path, presets: Path, say: Callable[[str], None] = print) -> list[Path]:
+def render(
+    results: Path, presets: Path, *, others: Sequence[Preset] = (), say: Callable[[str], None] = print
+) -> list[Path]:
     """Tables and figures of every preset of the folder `presets` that has runs in `results`; returns what was written.
+
+    `others`: presets from elsewhere.
 
     A run's file that was made with other settings than its preset has now is not used, which `say` is told. Raises
     `DataError` for a file that is broken, and `RenderTimeout`.
     """
-    names = sorted(folder.name for folder in (results / raw.FOLDER).glob("*") if any(folder.glob("*.json")))
-    known = [load_preset(name, presets) for name in names if (presets / f"{name}.yaml").exists()]
-    for name in set(names) - {preset.name for preset in known}:
-        say(f"{raw.FOLDER / name} is not rendered: there is no preset of that name; give its file as --preset")
-    return [path for preset in known for path in render_preset(results, preset, say)]
+    known = {path.stem: load_preset(path.stem, presets) for path in presets.glob("*.yaml")}
+    known.update({preset.name: preset for preset in others})
+    written = []
+    for name in sorted(folder.name for folder in (results / raw.FOLDER).glob("*") if any(folder.glob("*.json"))):
+        if name in known:
+            written += render_preset(results, known[name], say)
+        else:
+            say(f"{raw.FOLDER / name} is not rendered: there is no preset {name}; give its file as --preset")
+    return written
 
 
 def render_preset(results: Path, preset: Preset, say: Callable[[str], None] = print) -> list[Path]:
     """The same for one preset, whose file may lie anywhere."""
     with _alone(results):
-        runs, notes = sort_out(preset, raw.read_all(results, preset.name))
-        for note in notes:
-            say(note)
-        tables = {table: rows_of(preset, table, runs) for table in preset.tables}
-        begun = {table: rows for table, rows in tables.items() if any(row.results for row in rows)}
-        pages = {
-            path: text for table, rows in begun.items() for path, text in _texts(preset, table, rows, runs).items()
-        }
-        if any(run["tuning"] for run in runs.values()):
-            pages[f"tuning-{preset.name}.md"] = tuning.page(preset, runs)
-        for name, text in pages.items():
+        runs = runs_of(results, preset, say)
+        tables = tables_of(preset, runs)
+        texts = pages(preset, tables, runs)
+        for name, text in texts.items():
             with _draft(results / "tables" / name) as draft:
                 draft.write_text(text, encoding="utf-8")
-        return [results / "tables" / name for name in pages] + _figures(results, preset, begun)
+        return [results / "tables" / name for name in texts] + _figures(results, preset, tables)
 
 
-def _texts(preset: Preset, table: str, rows: list[Row], runs: Runs) -> dict[str, str]:
-    name = f"{table}-{preset.name}"
-    return {f"{name}.md": markdown.page(preset, table, rows, runs), f"{name}.csv": csv_file.text(rows)}
+def runs_of(results: Path, preset: Preset, say: Callable[[str], None] = print) -> Runs:
+    """The preset's runs that are there; `say` is told of files that are not used. Raises `DataError`."""
+    runs, notes = sort_out(preset, raw.read_all(results, preset.name))
+    for note in notes:
+        say(note)
+    return runs
+
+
+def tables_of(preset: Preset, runs: Runs) -> dict[str, list[Row]]:
+    """Table → rows, of each that has a run."""
+    tables = {table: rows_of(preset, table, runs) for table in preset.tables}
+    return {table: rows for table, rows in tables.items() if any(row.results for row in rows)}
+
+
+def pages(preset: Preset, tables: Mapping[str, Sequence[Row]], runs: Runs) -> dict[str, str]:
+    """Name of a file in `tables/` → its text."""
+    found = {}
+    for table, rows in tables.items():
+        found[f"{table}-{preset.name}.md"] = markdown.page(preset, table, rows, runs)
+        found[f"{table}-{preset.name}.csv"] = csv_file.text(rows)
+    if any(run["tuning"] for run in runs.values()):
+        found[f"tuning-{preset.name}.md"] = tuning.page(preset, runs)
+    return found
 
 
 def _figures(results: Path, preset: Preset, tables: dict[str, list[Row]]) -> list[Path]:

@@ -55,6 +55,11 @@ class Comparison:
     relative_loss: float
     """The same, in parts of the reference's loss."""
 
+    @property
+    def is_equal(self) -> bool:
+        """Whether every metric is exactly the reference's, and every prediction, in every seed."""
+        return all(self.equal) and not any(map(any, self.differences.values()))
+
 
 @dataclass(kw_only=True, frozen=True)
 class Row:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from statistics import fmean
 
 from hpc.bench.markdown import table as markdown
@@ -18,6 +19,11 @@ from hpc.reproduce.raw import FOLDER
 from hpc.reproduce.rows import Runs
 
 RATE = "train.learning_rate"
+HOW = (
+    "Loss on held-out examples (nats a label token) of centralised training, seed 0. Four of five records of a task's "
+    "training data teach and the fifth judges; what the tables are scored on is not looked at. A rate is chosen for "
+    "each adapter by its mean over the tasks, and all methods use it."
+)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -48,7 +54,7 @@ def tried(preset: Preset, runs: Runs) -> list[Tried]:
             adapter=adapter,
             rate=rate,
             losses=[float(runs[job.name]["eval_loss"]) if job.name in runs else None for job in jobs],
-            used=rate == preset.adapters[adapter].get(RATE),
+            used=rate == float(preset.adapters[adapter].get(RATE, nan)),
         )
         for (adapter, rate), jobs in groups.items()
     ]
@@ -84,9 +90,7 @@ def page(preset: Preset, runs: Runs) -> str:
             [
                 f"# Learning rates, preset {preset.name}",
                 f"**{preset.scale}**",
-                "Loss on held-out examples (nats a label token) of centralised training, seed 0. Four of five records of "
-                "the task's training data teach and the fifth one judges; the test data of the tables is not looked at. "
-                "A rate is chosen for each adapter by its mean over the tasks, and all methods use it.",
+                HOW,
                 markdown(heads, lines),
                 f"The runs are `results/{FOLDER / preset.name}/*-lr<rate>.json`.",
                 *conditions.origin(used, f"python launch/reproduce.py tune --preset {preset.name} --data_dir DATA"),
