@@ -88,17 +88,21 @@ class Row:
 
 
 def sort_out(preset: Preset, found: Iterable[Raw]) -> tuple[dict[str, Raw], list[str]]:
-    """The runs that the preset would do in just that way, by name; and a line about each of the others."""
+    """The runs that the preset would do in just that way, by name; and a line about the others, if there are any."""
     raws = list(found)
     jobs = [cell.job for cell in _cells(preset, list(preset.tables), raws)]
     tuning = [] if preset.tuning is None else tuning_jobs(preset)
     wanted = {job.name: job.fingerprint for job in [*jobs, *tuning]}
-    used, notes = {}, []
-    for raw in raws:
-        if wanted.get(raw["job"]) == raw["fingerprint"]:
-            used[raw["job"]] = raw
-        else:
-            notes.append(_not_used(preset, raw, known=raw["job"] in wanted))
+    used = {raw["job"]: raw for raw in raws if wanted.get(raw["job"]) == raw["fingerprint"]}
+    others = [raw["job"] for raw in raws if raw["job"] not in used]
+    stale = [name for name in others if name in wanted]
+    foreign = [name for name in others if name not in wanted]
+    notes = [
+        *_note(
+            preset, stale, f"made with other settings than preset {preset.name} has now; its run is to be done again"
+        ),
+        *_note(preset, foreign, f"of no run that preset {preset.name} has"),
+    ]
     return used, notes
 
 
@@ -180,11 +184,11 @@ def _row(table: str, key: Key, results: Mapping[Key, Sequence[Result]], planned:
     )
 
 
-def _not_used(preset: Preset, raw: Raw, *, known: bool) -> str:
-    path = FOLDER / preset.name / f"{raw['job']}.json"
-    if not known:
-        return f"{path} is not used: preset {preset.name} has no such run"
-    return f"{path} is not used: it was made with other settings than preset {preset.name} has now; run it again"
+def _note(preset: Preset, names: Sequence[str], reason: str) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return [f"not used: {FOLDER / preset.name / names[0]}.json{more}: {reason}"]
 
 
 def _loss_difference(losses: Sequence[float], others: Sequence[float], *, relative: bool = False) -> float:
