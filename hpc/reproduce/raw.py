@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpc.config import Config
 from hpc.errors import DataError
@@ -15,7 +15,9 @@ from hpc.report.events import decode
 from hpc.report.provenance import machine
 from hpc.report.summary import write_json_atomic
 from hpc.reproduce.plan import Job
-from hpc.reproduce.score import Scored, score_run
+
+if TYPE_CHECKING:
+    from hpc.reproduce.score import Scored
 
 Raw = Mapping[str, Any]
 FORMAT = 1
@@ -42,6 +44,8 @@ def record(
     job: Job, preset: str, scale: str, config: Config, folder: Path, *, command: str, seconds: float
 ) -> dict[str, Any]:
     """The content of the file, from a finished run's folder. Raises `DataError` where the run has not finished."""
+    from hpc.reproduce.score import score_run  # with torch, which who only reads these files can do without
+
     summary = read_json(folder / "summary.json")
     steps = int(summary["steps"])
     after = score_run(folder, config, steps)
