@@ -108,7 +108,7 @@ def _numbers(content: Raw) -> dict[str, list[Any]]:
 
 
 def _are_numbers(values: list[Any]) -> bool:
-    return all(isinstance(value, (int, float)) for value in values)
+    return bool(values) and all(isinstance(value, (int, float)) for value in values)
 
 
 def _fault(path: Path, content: Raw, missing: list[str], wrong: list[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from hpc.metrics.spread import Spread, mean_sd
 from hpc.metrics.table import UNPARSED
@@ -53,7 +54,7 @@ class Comparison:
     loss: float
     """Largest absolute difference of a training step's losses; infinite if one trained for more steps."""
     relative_loss: float
-    """The same, in parts of the reference's loss."""
+    """The same in parts of the mean of the reference's losses: a single step's may be next to nothing."""
 
     @property
     def is_equal(self) -> bool:
@@ -128,13 +129,15 @@ def compare(results: Sequence[Result], others: Sequence[Result], method: str) ->
     if not pairs or reference is None:
         return None
     names = pairs[0][0].metrics
+    losses = [_loss_difference(one.losses, other.losses) for one, other in pairs]
+    means = [fmean(other.losses) or math.nan for _, other in pairs]
     return Comparison(
         reference=reference,
         same_function=METHODS[method].same_function,
         differences={name: [one.metrics[name] - other.metrics[name] for one, other in pairs] for name in names},
         equal=[one.digest == other.digest for one, other in pairs],
-        loss=_largest([_loss_difference(one.losses, other.losses) for one, other in pairs]),
-        relative_loss=_largest([_loss_difference(one.losses, other.losses, relative=True) for one, other in pairs]),
+        loss=_largest(losses),
+        relative_loss=_largest([loss / mean if loss else 0.0 for loss, mean in zip(losses, means, strict=True)]),
     )
 
 
@@ -191,19 +194,11 @@ def _note(preset: Preset, names: Sequence[str], reason: str) -> list[str]:
     return [f"not used: {FOLDER / preset.name / names[0]}.json{more}: {reason}"]
 
 
-def _loss_difference(losses: Sequence[float], others: Sequence[float], *, relative: bool = False) -> float:
+def _loss_difference(losses: Sequence[float], others: Sequence[float]) -> float:
     """The largest of all steps; infinite where one was trained for longer."""
     if len(losses) != len(others):
         return math.inf
-    return _largest([_apart(one, other, relative=relative) for one, other in zip(losses, others, strict=True)])
-
-
-def _apart(one: float, other: float, *, relative: bool) -> float:
-    if not relative:
-        return abs(one - other)
-    if other == 0:
-        return math.inf if one else 0.0
-    return abs(one - other) / abs(other)
+    return _largest([abs(one - other) for one, other in zip(losses, others, strict=True)])
 
 
 def _largest(values: Sequence[float]) -> float:

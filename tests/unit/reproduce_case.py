@@ -11,7 +11,9 @@ from hpc.reproduce.plan import Job, cells_of, jobs_of, tuning_jobs
 from hpc.reproduce.preset import Preset, load_preset
 from hpc.reproduce.rows import Row
 
-WITHOUT_REFERENCE = ("zero_shot", "centralised", "centralised_union")
+# Rows of the same function as their reference → how far a loss may be from its, in parts of the mean
+# loss. Where clients share a batch, sums are taken in another order, and training makes more of that.
+LOSS_BOUNDS = {"serial": 0.0, "fedbert": 0.0, "client_batch": 1e-3}
 PRESET = """
 scale: "made up: no run was made for it"
 seeds: [0, 1]
@@ -110,14 +112,16 @@ def fill(results: Path, preset: Preset) -> None:
 
 
 def broken_promises(rows: list[Row]) -> list[str]:
-    """Rows that must be as their reference and are not, or that have no reference."""
-    bounds = {"client_batch": 1e-3}  # sums in another order
-    broken = []
-    for each in rows:
-        comparison = each.comparison
-        if not each.results or (comparison and not comparison.same_function) or each.method in WITHOUT_REFERENCE:
-            continue
-        kept = comparison is not None and len(comparison.equal) == len(each.results) and comparison.is_equal
-        if not (kept and comparison and comparison.relative_loss <= bounds.get(each.method, 0.0)):
-            broken.append(f"{each.table}, {each.task}, {each.adapter}, {each.method}")
-    return broken
+    """Rows that must be as their reference and are not, or that lack it in some seed."""
+    return [
+        f"{row.table}, {row.task}, {row.adapter}, {row.method}"
+        for row in rows
+        if row.method in LOSS_BOUNDS and row.results and not _is_kept(row)
+    ]
+
+
+def _is_kept(row: Row) -> bool:
+    found = row.comparison
+    if found is None or len(found.equal) < len(row.results):
+        return False
+    return found.is_equal and found.relative_loss <= LOSS_BOUNDS[row.method]

@@ -11,10 +11,11 @@ import pytest
 
 from hpc.reproduce import raw, render, tuning
 from hpc.reproduce.loss_figure import pairs_of
+from hpc.reproduce.methods import METHODS
 from hpc.reproduce.metric_figure import panels_of
 from hpc.reproduce.preset import Preset, load_preset
 from hpc.reproduce.rows import rows_of, sort_out
-from tests.unit.reproduce_case import broken_promises, fill, jobs, made_up_preset, put, raw_of
+from tests.unit.reproduce_case import LOSS_BOUNDS, broken_promises, fill, jobs, made_up_preset, put, raw_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PRESETS = ROOT / "results", ROOT / "launch" / "presets"
@@ -105,6 +106,10 @@ def test_a_table_that_is_stale_is_found(tmp_path: Path, preset: Preset) -> None:
     (job,) = jobs(preset, method="replica", task="rte", seed=0)
     put(tmp_path, preset, raw_of(preset, job, main=48.5))
     assert stale_pages(tmp_path, preset) == names[:2]
+
+
+def test_every_row_of_the_same_function_is_held_to_it() -> None:
+    assert {name for name, method in METHODS.items() if method.same_function} == LOSS_BOUNDS.keys()
 
 
 def test_a_broken_promise_is_found(tmp_path: Path, preset: Preset) -> None:
