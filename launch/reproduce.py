@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hpc.cli import run_main
 from hpc.reproduce.plan import cells_of, jobs_of, tuning_jobs
-from hpc.reproduce.preset import load_preset
+from hpc.reproduce.preset import Preset, load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ("table1", "table2", "table4", "table5")
@@ -44,12 +44,18 @@ def main(argv: list[str]) -> int:
         root=ROOT, results=results.resolve(), data_dir=Path(own.data_dir).resolve(), preset=preset, at_once=own.jobs
     )
     bench.run_all(jobs)
-    asked = ["tuning"] if own.what == "tune" else tables
-    for path in render_preset(results, preset):
-        print(path)
-        if path.suffix == ".md" and path.stem.removesuffix(f"-{preset.name}") in asked:
-            print(path.read_text(encoding="utf-8"))
+    show(render_preset(results, preset), preset, ["tuning"] if own.what == "tune" else tables)
     return 0
+
+
+def show(written: list[Path], preset: Preset, asked: list[str]) -> None:
+    """What was written, and the pages that were asked for."""
+    pages = {f"{name}-{preset.name}.md" for name in asked}
+    for path in written:
+        print(path)
+    for path in written:
+        if path.name in pages:
+            print(f"\n{path.read_text(encoding='utf-8')}", end="")
 
 
 def own_parser() -> argparse.ArgumentParser:
