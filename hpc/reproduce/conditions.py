@@ -39,7 +39,7 @@ def origin(raws: Sequence[Raw], command: str) -> list[str]:
     minutes = sum(raw["seconds"] for raw in raws) / 60
     commits = ", ".join(f"`{commit}`" for commit in sorted({str(raw["git_commit"]) for raw in raws}))
     return [
-        f"Made by `{command}`: {len(raws)} runs of {minutes:.1f} min of wall time together, {when}, commit {commits}. "
+        f"Made by `{command}`: {len(raws)} runs ({minutes:.1f} min of wall time together), {when}, commit {commits}. "
         "Each run's own command is in its file.",
         f"Machine: {joined(_machine(raw['machine']) for raw in raws)}. {joined(_versions(raw) for raw in raws)}.",
     ]

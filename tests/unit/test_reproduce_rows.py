@@ -14,8 +14,6 @@ from hpc.reproduce.preset import Preset
 from hpc.reproduce.rows import Row, rows_of, sort_out
 from tests.unit.reproduce_case import PRESET, broken_promises, fill, jobs, made_up_preset, put, raw_of
 
-PRESETS = Path(__file__).resolve().parents[2] / "launch" / "presets"
-
 
 @pytest.fixture
 def preset(tmp_path: Path) -> Preset:
