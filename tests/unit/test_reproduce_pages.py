@@ -82,6 +82,8 @@ def test_a_cell_without_a_run_is_a_dash(tmp_path: Path, preset: Preset) -> None:
 
 def test_the_csv_loses_nothing_and_names_the_runs(tmp_path: Path, preset: Preset) -> None:
     fill(tmp_path, preset)
+    (job,) = jobs(preset, method="replica", task="rte", seed=0)
+    put(tmp_path, preset, raw_of(preset, job, main=48.0, predictions={"sha256": "another", "chosen": [0, 0]}))
     rows = rows_of(preset, "table1", render.runs_of(tmp_path, preset))
     lines = list(csv.DictReader(csv_file.text(rows).splitlines()))
     assert len(lines) == 2 * 6
@@ -95,6 +97,8 @@ def test_the_csv_loses_nothing_and_names_the_runs(tmp_path: Path, preset: Preset
         "2",
     )
     assert float(found["loss_difference"]) == (1.0 + 1e-6) - 1.0
+    (replica,) = [each for each in lines if (each["task"], each["method"]) == ("rte", "replica")]
+    assert (replica["difference_mean"], replica["seeds_compared"], replica["predictions_equal"]) == ("-1.0", "2", "1")
     (serial,) = [each for each in lines if (each["task"], each["method"]) == ("rte", "serial")]
     assert serial["published"] == "FL-GLM, ChatGLM-6B: accuracy 81.6"
 

@@ -120,6 +120,13 @@ def test_no_difference_is_overlooked(tmp_path: Path, preset: Preset, changed: di
     assert ("NOT in rte, lora, FL-GLM, serial" in page) == ("losses" not in changed)
 
 
+def test_every_metric_must_be_equal(tmp_path: Path, preset: Preset) -> None:
+    fill(tmp_path, preset)
+    (job,) = jobs(preset, method="serial", task="cb", seed=0)
+    put(tmp_path, preset, raw_of(preset, job, metrics={"accuracy": 50.0, "unparsed": 0, "macro_f1": 24.9}))
+    assert broken_promises([row(preset, tmp_path, task="cb", method="serial")])
+
+
 def test_another_seed_that_was_run_counts(tmp_path: Path, preset: Preset) -> None:
     fill(tmp_path, preset)
     more = made_up_preset(tmp_path / "more", PRESET.replace("seeds: [0, 1]", "seeds: [0, 1, 7]"))
