@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hpc.cli import run_main
 from hpc.reproduce.plan import cells_of, jobs_of, tuning_jobs
-from hpc.reproduce.preset import load_preset
+from hpc.reproduce.preset import Preset, load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ("table1", "table2", "table4", "table5")
@@ -30,6 +30,12 @@ def main(argv: list[str]) -> int:
     own = own_parser().parse_args(argv)
     results = Path(own.results_dir)
     preset = load_preset(own.preset, PRESETS)
+    from hpc.reproduce.render import render, render_preset
+
+    if own.what == "render":
+        for path in render(results, PRESETS, others=[preset]):
+            print(path)
+        return 0
     tables = list(preset.tables) if own.what == "all" else [own.what]
     jobs = tuning_jobs(preset) if own.what == "tune" else jobs_of(cells_of(preset, tables, own.tasks, own.seeds))
     from hpc.reproduce.run import Bench
@@ -38,7 +44,18 @@ def main(argv: list[str]) -> int:
         root=ROOT, results=results.resolve(), data_dir=Path(own.data_dir).resolve(), preset=preset, at_once=own.jobs
     )
     bench.run_all(jobs)
+    show(render_preset(results, preset), preset, ["tuning"] if own.what == "tune" else tables)
     return 0
+
+
+def show(written: list[Path], preset: Preset, asked: list[str]) -> None:
+    """What was written, and the pages that were asked for."""
+    pages = {f"{name}-{preset.name}.md" for name in asked}
+    for path in written:
+        print(path)
+    for path in written:
+        if path.name in pages:
+            print(f"\n{path.read_text(encoding='utf-8')}", end="")
 
 
 def own_parser() -> argparse.ArgumentParser:
