@@ -13,7 +13,7 @@ REFERENCE = "centralised"
 TITLES = {
     REFERENCE: "centralised, one process",
     "one_host": "split, two processes on one machine",
-    "two_hosts": "split, two hosts and a cable",
+    "two_hosts": "split, two hosts, 1100 MB/s",
     "serial_2": "serial, 2 clients",
     **{f"client_batch_{clients}": f"client-batch, {clients} clients" for clients in (2, 4, 8)},
     **{f"replica_{clients}": f"replica-parallel, {clients} clients" for clients in (2, 4, 8)},
@@ -66,7 +66,7 @@ def _row(ring: int, name: str, members: Mapping[str, Any], rounds: list[int], sa
 
 def _published(name: str) -> dict[str, Any] | None:
     theirs = PUBLISHED.get(name)
-    return theirs and {"paper": theirs.paper, "sample_seconds": theirs.seconds, "ratio": theirs.ratio}
+    return None if theirs is None else {"paper": theirs.paper, "sample_seconds": theirs.seconds, "ratio": theirs.ratio}
 
 
 def missing(rows: list[dict[str, Any]]) -> list[str]:

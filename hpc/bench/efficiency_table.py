@@ -7,10 +7,10 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hpc.bench.efficiency_figures import TITLES, figures, missing
+from hpc.bench.efficiency_figures import REFERENCE, TITLES, figures, missing
 from hpc.bench.markdown import UNKNOWN, footer, shown, span
 from hpc.bench.markdown import table as markdown_table
-from hpc.bench.published import PUBLISHED
+from hpc.bench.published import CENTRALISED, PUBLISHED
 from hpc.bench.suite import Raw
 from hpc.bench.turn_figures import rounds_note
 
@@ -80,8 +80,8 @@ def _time_row(row: Mapping[str, Any]) -> list[str]:
 
 
 def _published(name: str) -> list[str]:
-    if name not in PUBLISHED:
-        return [UNKNOWN, UNKNOWN]
+    if name == REFERENCE:
+        return [UNKNOWN, ", ".join(f"{seconds:.3f} s ({paper})" for paper, seconds in CENTRALISED.items())]
     theirs = PUBLISHED[name]
     return [f"{theirs.ratio:.2f} ({theirs.paper})", f"{theirs.seconds:.3f} s"]
 
@@ -92,8 +92,8 @@ def _notes(measured: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         "tensors over all links, both directions, hand-overs included. The last two columns are peak memory (of "
         "`centralised`: of its one process).",
         "Published: FL-GLM, ChatGLM-6B on A100s, two GPUs of one machine or two machines with 1100 MB/s between them, "
-        "seconds of a step with one sample; FedSEA-LLaMA, seconds for 1,000 samples of ReCoRD, one sample a client. Their "
-        "server replicas run at once; here the replicas share the passes of one process.",
+        "seconds of a step with one sample; FedSEA-LLaMA, seconds for 1,000 samples of ReCoRD, one sample a client. "
+        "Their server replicas run at once; here the replicas share the passes of one process.",
         _cable(measured["cable"]),
     ]
     if len(found["references"]) > 1:
@@ -101,7 +101,9 @@ def _notes(measured: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         lines.append(f"Measured in {len(found['references'])} rings; in each, the uncut model had a sample in: {each}.")
     lines += [rounds_note(ring["members"]) for ring in measured["rings"]]
     if gone := [name for name in missing(found["rows"]) if name != "two_hosts"]:
-        lines.append(f"Not measured, as this run was asked for fewer clients: {', '.join(map(TITLES.get, gone))}.")
+        lines.append(
+            f"Not measured, as this run was asked for fewer clients: {'; '.join(TITLES[name] for name in gone)}."
+        )
     return "\n\n".join(lines)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-FEDSEA_SAMPLES = 1000
+CENTRALISED: Mapping[str, float] = {"FL-GLM": 0.91, "FedSEA": 381.9 / 1000}
+"""Paper → seconds that its uncut model took for a sample."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -15,20 +16,19 @@ class Published:
     paper: str
     seconds: float
     """For one sample (FL-GLM: for a step, whose batch is one sample)."""
-    centralised: float
-    """The same paper's uncut model (seconds for one sample)."""
 
     @property
     def ratio(self) -> float:
-        return self.seconds / self.centralised
+        """To the same paper's uncut model."""
+        return self.seconds / CENTRALISED[self.paper]
 
 
-def _fl_glm(seconds: float) -> Published:
-    return Published(paper="FL-GLM", seconds=seconds, centralised=0.91)
+def _fl_glm(seconds_a_step: float) -> Published:
+    return Published(paper="FL-GLM", seconds=seconds_a_step)
 
 
-def _fedsea(seconds: float) -> Published:
-    return Published(paper="FedSEA", seconds=seconds / FEDSEA_SAMPLES, centralised=381.9 / FEDSEA_SAMPLES)
+def _fedsea(seconds_for_1000: float) -> Published:
+    return Published(paper="FedSEA", seconds=seconds_for_1000 / 1000)
 
 
 PUBLISHED: Mapping[str, Published] = {

@@ -68,10 +68,10 @@ def load(path: Path) -> Raw:
 
 def render(results: Path) -> list[Path]:
     """Make the tables and the figure of every raw file again; returns the files written."""
-    return [path for name in names(results) for path in _render_one(results, name)]
+    return [path for name in names(results) for path in render_one(results, name)]
 
 
-def _render_one(results: Path, name: str) -> list[Path]:
+def render_one(results: Path, name: str) -> list[Path]:
     raw = load(raw_path(results, name))
     suite: Suite = load_suite(raw["suite"])
     figure = figure_path(results, name)
