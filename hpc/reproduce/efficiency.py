@@ -38,7 +38,7 @@ def options_of(preset: Preset, *, root: Path, results: Path, data_dir: Path) -> 
     flags = [text for key, value in wanted.flags.items() for text in (f"--{key}", as_flag(value))]
     task = str(wanted.flags.get("data.task", "ward_notes"))
     if task != "ward_notes":
-        flags += ["--data.data_dir", str(data_dir / FOLDERS.get(task, task))]
+        flags += ["--data.data_dir", str(data_dir / FOLDERS.get(task, task)), "--data.partition", "iid"]
     flags += ["--train.clients", str(wanted.clients)]
     return Options(
         config=parse(make_parser(str(__doc__)), flags)[0],
