@@ -15,12 +15,10 @@ from hpc.config import Config
 from hpc.data.examples import training_examples
 from hpc.errors import DataError
 
-# Two fields, as a prompt that is too long loses the end of its passage and never the question.
-WORDING = ("--data.template.prompt", "{passage}{after}", "--data.template.cut", "passage")
 FLAGS = (
     *("--data.task", "jsonl", "--data.partition", "iid", "--data.max_train_examples", "0"),
     *("--data.data_dir", "null", "--data.hub_name", "null", "--data.val_file", "null"),
-    *(*WORDING, "--data.template.answer", " {answer}"),
+    *("--data.template.answer", " {answer}", "--data.template.cut", "passage", "--data.template.prompt"),
 )
 
 
@@ -30,13 +28,17 @@ def write_rows(config: Config, count: int, path: Path) -> tuple[str, ...]:
     examples = training_examples(alone, 0)[:count]
     if len(examples) < count:
         raise DataError(f"{config.data.task} has {len(examples)} training examples; {count} are needed")
+    # A prompt that is too long loses the end of its passage, and not the question behind it.
+    parted = all(example.passage and example.after.strip() for example in examples)
     records = [
         {"passage": example.before + example.passage, "after": example.after, "answer": example.answer.strip()}
+        if parted
+        else {"passage": example.prompt(), "answer": example.answer.strip()}
         for example in examples
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return (*FLAGS, "--data.train_file", str(path))
+    return (*FLAGS, "{passage}{after}" if parted else "{passage}", "--data.train_file", str(path))
 
 
 def lengths(flags: Sequence[str]) -> list[int]:
