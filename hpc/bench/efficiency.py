@@ -57,7 +57,10 @@ def clients_of(member: Member) -> int:
 
 
 def in_rings(everybody: Sequence[Member], most: int) -> list[list[Member]]:
-    """In order, with at most so many clients in a ring. The reference is in all, as the others are compared with it."""
+    """In order, with at most so many clients in a ring, or one federation that has more.
+
+    The reference is in all of them, as the others are compared with it.
+    """
     reference, *others = everybody
     rings: list[list[Member]] = []
     for member in others:
@@ -68,7 +71,7 @@ def in_rings(everybody: Sequence[Member], most: int) -> list[list[Member]]:
 
 
 def measure(options: Options) -> Measured:
-    """`--clients`: of the largest federation; `--rings 2`: half as many clients at the same time."""
+    """`--clients`: of the largest federation; `--rings`: so many times fewer clients at the same time."""
     flags = (*options.flags, *write_rows(options.config, SAMPLES, options.folder / "rows.jsonl"))
     setting, options = _setting(options, lengths(flags)), replace(options, flags=flags)
     with _cable() as (hosts, cable):
