@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int:
         for path in render(results, PRESETS, others=[preset]):
             print(path)
         return 0
+    if own.what == "efficiency":
+        return efficiency(own, preset, argv)
     tables = list(preset.tables) if own.what == "all" else [own.what]
     jobs = tuning_jobs(preset) if own.what == "tune" else jobs_of(cells_of(preset, tables, own.tasks, own.seeds))
     from hpc.reproduce.run import Bench
@@ -45,6 +47,19 @@ def main(argv: list[str]) -> int:
     )
     bench.run_all(jobs)
     show(render_preset(results, preset), preset, ["tuning"] if own.what == "tune" else tables)
+    return efficiency(own, preset, argv) if own.what == "all" and preset.efficiency else 0
+
+
+def efficiency(own: argparse.Namespace, preset: Preset, argv: list[str]) -> int:
+    """Typed by itself, it measures again; as a part of `all`, only what has not been measured."""
+    from hpc.reproduce.efficiency import efficiency_path, list_efficiency, measure_efficiency
+
+    results, data_dir = Path(own.results_dir).resolve(), Path(own.data_dir).resolve()
+    if own.dry_run:
+        list_efficiency(preset)
+    elif own.what == "efficiency" or not efficiency_path(results, preset).exists():
+        for path in measure_efficiency(preset, root=ROOT, results=results, data_dir=data_dir, arguments=argv):
+            print(path)
     return 0
 
 
@@ -62,7 +77,9 @@ def own_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("what", choices=[*TABLES, "tune", "all", "render"], help="A table, or what to do.")
+    parser.add_argument(
+        "what", choices=[*TABLES, "efficiency", "tune", "all", "render"], help="A table, or what to do."
+    )
     parser.add_argument("--preset", default="small", help="paper, small (default), smoke, or a YAML file like those.")
     parser.add_argument("--data_dir", default="data", help="Folder with the data sets (docs/data.md); default: data.")
     parser.add_argument("--results_dir", default="results", help="Where results are written; default: results.")

@@ -7,6 +7,7 @@ models: {small: {model.name_or_path: smollm2-135m}}
 adapters: {lora: {adapter.method: lora, train.learning_rate: 1.0e-3}}
 tasks: {rte: {batches: 40, flags: {data.max_source_length: 128}}}
 tables: {table1: [{model: small, adapters: [lora], tasks: [rte], methods: [zero_shot, centralised, serial]}]}
+efficiency: {turns: 5, flags: {model.name_or_path: smollm2-135m}}    # all its flags; nothing of common
 """
 
 from __future__ import annotations
@@ -58,6 +59,24 @@ class Tuning:
 
 
 @dataclass(kw_only=True, frozen=True)
+class Efficiency:
+    """How time is measured (`hpc.bench.efficiency`)."""
+
+    turns: int
+    flags: Flags
+    """All there are: where time is measured, `common` and the models' flags say nothing."""
+    clients: int = 8
+    """Of the largest federation."""
+    rings: int = 1
+    """So many times fewer clients at the same time, for less memory; 16: each federation alone beside the uncut
+    model."""
+
+    def __post_init__(self) -> None:
+        if min(self.turns, self.clients, self.rings) < 1:
+            raise ValueError("efficiency: turns, clients and rings must be at least 1")
+
+
+@dataclass(kw_only=True, frozen=True)
 class Preset:
     """See the module."""
 
@@ -69,6 +88,7 @@ class Preset:
     tasks: Mapping[str, TaskPlan]
     tables: Mapping[str, tuple[Block, ...]]
     tuning: Tuning | None
+    efficiency: Efficiency | None = None
 
 
 FOLDERS = {
@@ -109,7 +129,7 @@ def _preset(name: str, content: Mapping[str, Any]) -> Preset:
     seeds = tuple(content["seeds"])
     tasks = {task: _task(task, plan, seeds) for task, plan in content["tasks"].items()}
     tables = {table: tuple(_block(each) for each in blocks) for table, blocks in content["tables"].items()}
-    tuning = content.get("tuning")
+    tuning, efficiency = content.get("tuning"), content.get("efficiency")
     preset = Preset(
         name=name,
         scale=" ".join(str(content["scale"]).split()),
@@ -119,6 +139,7 @@ def _preset(name: str, content: Mapping[str, Any]) -> Preset:
         tasks=tasks,
         tables=tables,
         tuning=None if tuning is None else _tuning(tuning),
+        efficiency=None if efficiency is None else Efficiency(**efficiency),
     )
     for table, blocks in tables.items():
         for block in blocks:
