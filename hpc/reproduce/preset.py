@@ -9,6 +9,7 @@ tasks: {rte: {batches: 40, flags: {data.max_source_length: 128}}}
 tables: {table1: [{model: small, adapters: [lora], tasks: [rte], methods: [zero_shot, centralised, serial]}]}
 estimate: {tflops: 0.05}                # what --dry_run counts with (`Assumptions`)
 shapes: {small: {model_type: llama}}    # of models that are not here: their config.json, for --dry_run alone
+efficiency: {turns: 5, flags: {model.name_or_path: smollm2-135m}}    # all its flags; nothing of common
 """
 
 from __future__ import annotations
@@ -64,6 +65,20 @@ class Tuning:
 
 
 @dataclass(kw_only=True, frozen=True)
+class Efficiency:
+    """How time is measured (`hpc.bench.efficiency`)."""
+
+    turns: int
+    flags: Flags
+    """All there are: where time is measured, `common` and the models' flags say nothing."""
+    clients: int = 8
+    """Of the largest federation."""
+    rings: int = 1
+    """So many times fewer clients at the same time, for less memory; 16: each federation alone beside the uncut
+    model."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class Preset:
     """See the module."""
 
@@ -76,6 +91,7 @@ class Preset:
     tables: Mapping[str, tuple[Block, ...]]
     common: Flags = field(default_factory=dict)
     tuning: Tuning | None = None
+    efficiency: Efficiency | None = None
     estimate: Assumptions = field(default_factory=Assumptions)
     shapes: Mapping[str, Flags] = field(default_factory=dict)
 
@@ -125,6 +141,7 @@ def _preset(name: str, content: object) -> Preset:
             for table, blocks in sections.mapping(given["tables"], "tables").items()
         },
         tuning=None if given.get("tuning") is None else _tuning(given["tuning"]),
+        efficiency=None if given.get("efficiency") is None else _efficiency(given["efficiency"]),
         estimate=assumptions(given.get("estimate")),
         shapes=_flags_of_each({"shapes": {}, **given}, "shapes"),
     )
@@ -175,6 +192,12 @@ def _tuning(content: object) -> Tuning:
         tasks=sections.names(given["tasks"], "tuning.tasks"),
         rates={adapter: sections.rates(each, f"tuning.rates.{adapter}") for adapter, each in rates.items()},
     )
+
+
+def _efficiency(content: object) -> Efficiency:
+    given = sections.section(content, "efficiency", Efficiency)
+    numbers = {key: sections.at_least_one(given[key], f"efficiency.{key}") for key in given if key != "flags"}
+    return Efficiency(flags=sections.flags(given["flags"], "efficiency.flags"), **numbers)
 
 
 def _check(where: str, preset: Preset, block: Block) -> None:
