@@ -6,7 +6,6 @@ Text, labels, logits and loss never leave this process. One training step is in 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,36 +13,30 @@ import torch
 
 from hpc.acts import Recv, Send
 from hpc.checkpoint import UNNAMED, Attempt, checkpoint_folder, read_role, read_stamp, step_of
+from hpc.client_evaluation import HeldOut
 from hpc.client_side import ClientSide
 from hpc.client_step import ClientStepRun
 from hpc.config import Config
 from hpc.contribution import MaskedContribution
-from hpc.data.dataset import ClientData, score_eval
+from hpc.data.dataset import ClientData
 from hpc.early_stopping import Patience
-from hpc.errors import CheckpointError, IdentityError, LinkError, Paused, ProtocolError
+from hpc.errors import CheckpointError, Paused, ProtocolError
 from hpc.export.save import save_client_adapter
-from hpc.layouts import layout_numbers
+from hpc.fellows import Fellows
 from hpc.learner import Learner
 from hpc.link.channel import Channel
-from hpc.link.frame import DONATES, HAS_START, NEEDS_STATE, NOT_WRITTEN, WOULD_STOP, Frame, Header
+from hpc.link.frame import HAS_START, NEEDS_STATE, NOT_WRITTEN, WOULD_STOP, Header
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
-from hpc.matches import Decoded, decode_held_out
-from hpc.model.continued import ContinuedLM
 from hpc.model.part import Part
-from hpc.predictions import write_predictions
 from hpc.programs import Traits, client_step, client_sync
-from hpc.ragged import pad
-from hpc.report.events import ClientStep, Evaluation, EventLog
+from hpc.report.events import ClientStep, EventLog
 from hpc.saving import Saver, from_payload
 from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
 from hpc.smashed_cache import CacheBook
-from hpc.split_chain import SplitChains
 from hpc.stopping import paused_words
 from hpc.stopwatch import Stopwatch
 from hpc.trunk_link import PauseAsked, TrunkLink
-
-_log = logging.getLogger("hpc")
 
 _log = logging.getLogger("hpc")
 
@@ -75,24 +68,30 @@ class Client:
         the checkpoint at `start`; `make_peers`: its keys for other clients, where a run without need of them has one
         that comes back.
         """
-        self.needs_state, self._has_start, self._make_peers = needs_state, has_start, make_peers
-        self._resumed_from, self._drifted = start, False
+        self.needs_state, self._has_start, self._resumed_from = needs_state, has_start, start
         self._before_step, self.folder, self.start, self.attempt = before_step, folder, start, attempt
         self.client_id, self.config, self.train = client_id, config, config.train
         self.head, self.tail = head.to(device), tail.to(device)
-        self.data, self.channel, self.peers, self.log, self.device = data, channel, peers, log, device
+        self.data, self.channel, self.log, self.device = data, channel, log, device
         self.learner = Learner([head, tail], config.train)
         self.traits = Traits.of(config)
         self.link = TrunkLink(channel, client_id=client_id, device=device, reads_ahead=self.traits.first_come)
         self._watch = Stopwatch()
         self._patience = Patience(config.train.early_stopping_patience)
-        self._samples: list[int] = []  # of every client, told by the trunk
+        self.fellows = Fellows(
+            client_id=client_id,
+            train=self.train,
+            link=self.link,
+            learner=self.learner,
+            peers=peers,
+            make_peers=make_peers,
+        )
         self.side = self._make_side()
+        self._held_out = HeldOut(self.side, config, data, log)
         self.saver = Saver(config=config, folder=folder, role=f"client-{client_id}", attempt=attempt, log=log)
-        self.link.on_welcome = self._welcome
+        self.link.on_welcome = self.fellows.welcome
         if start and has_start:
             self._has_start = self._resume()
-        self._eval_batches = data.eval_batches(config.train.eval_batch_size)
 
     def _make_side(self) -> ClientSide:
         config, hidden_size = self.config, self.head.hidden_size
@@ -106,7 +105,7 @@ class Client:
             tail=self.tail,
             learner=self.learner,
             link=self.link,
-            peers=self.peers,
+            peers=self.fellows.peers,
             book=CacheBook(limit_bytes=share, token_bytes=hidden_size * dtype.itemsize)
             if config.caches_smashed
             else None,
@@ -123,67 +122,22 @@ class Client:
 
         Returns when all roles are ready; `start` is then the step to begin behind.
         """
-        told = torch.tensor([len(self._eval_batches), len(self.data.train_rows), self.learner.values])
+        told = torch.tensor([len(self._held_out.batches), len(self.data.train_rows), self.learner.values])
         asks = self.needs_state and self.train.shares_state
         flags = (NEEDS_STATE if asks else 0) | (HAS_START if self._has_start else 0)
         self.link.send(Header(kind=Kind.READY, flags=flags), told)
         if asks or self.train.clients_meet:
-            self._send_key(step=0)
+            self.fellows.send_key(step=0)
         try:
-            frame = self._hear_all_until_ready()
+            frame = self.fellows.hear_until_ready(self.config.link.start_patience_s)
         except PauseAsked:
             raise Paused("the run was paused before this client was taken in; start it with the run again") from None
-        self.start, self._samples = frame.header.step, frame.payload.tolist()
-        if self._samples[self.client_id : self.client_id + 1] != [len(self.data.train_rows)]:
+        self.start, samples = frame.header.step, frame.payload.tolist()
+        self.fellows.samples = samples
+        if samples[self.client_id : self.client_id + 1] != [len(self.data.train_rows)]:
             raise ProtocolError(f"the trunk says that this client has other than {len(self.data.train_rows)} examples")
         if self.needs_state and not self.train.shares_state:
             self._take_up_own()
-
-    def _hear_all_until_ready(self) -> Frame:
-        due, patience_s = (Kind.PEER_KEY, Kind.HANDOVER, Kind.READY), self.config.link.start_patience_s
-        while (frame := self.link.recv_next(*due, patience_s=patience_s)).header.kind is not Kind.READY:
-            if frame.header.kind is Kind.PEER_KEY:
-                self._peers().add(frame.payload.numpy().tobytes())
-            else:
-                self.learner.load_state(self._peers().open(frame.header.micro, frame.payload))
-        return frame
-
-    def _send_key(self, step: int) -> None:
-        message = torch.frombuffer(bytearray(self._peers().public_message()), dtype=torch.uint8)
-        self.link.send(Header(kind=Kind.PEER_KEY, step=step), message)
-
-    def _peers(self) -> PeerKeys:
-        if self.peers is None:
-            assert self._make_peers is not None, "only where clients may come back"
-            self.peers = self._make_peers()
-        return self.peers
-
-    def _welcome(self, told: Frame, key: Frame) -> None:
-        """Another client has come: know its key, and give it what the clients have learned if this one is asked to.
-
-        That is what was learned up to the last step: whatever has begun of the next does not count yet.
-        """
-        comer, step, donates = told.header.micro, told.header.step, bool(told.header.flags & DONATES)
-        if donates and not (self.train.shares_state and not self._drifted):
-            raise ProtocolError(
-                f"the trunk wants this client's own parts for client {comer}; nobody else may have them"
-            )
-        self._samples = told.payload.tolist()
-        if not donates and not self.train.clients_meet:
-            return
-        try:
-            self._peers().add(key.payload.numpy().tobytes())
-        except (IdentityError, LinkError) as error:
-            if not donates:
-                raise
-            _log.warning("client %d cannot give client %d what was learned: %s", self.client_id, comer, error)
-            self._send_key(step)
-            self.link.send(Header(kind=Kind.HANDOVER, step=step, micro=comer, flags=NOT_WRITTEN))
-            return
-        if donates:
-            self._send_key(step)
-            sealed = self._peers().seal(comer, self.learner.state())
-            self.link.send(Header(kind=Kind.HANDOVER, step=step, micro=comer), sealed)
 
     def run(self, before_goodbye: Callable[[], None] = lambda: None) -> None:
         """The whole run, in the order of the schedule; `before_goodbye` runs while the trunk still waits.
@@ -235,7 +189,7 @@ class Client:
                 run.carry_out(act)
         if batch is None:
             return
-        self._drifted = self.train.averages  # until the next average this client's parts are its own
+        self.fellows.drifted = self.train.averages  # until the next average this client's parts are its own
         spent = before.until(self.link.stats())
         link = {"seal": spent.seal_s, "open": spent.open_s, "wire": spent.wire_s, "wait": spent.wait_s}
         self.log.write(
@@ -250,11 +204,11 @@ class Client:
 
     def sync(self, order: Sync) -> None:
         """Give the client parts to be averaged and take up the average (FedAvg, McMahan et al., 2017)."""
-        masked, self._drifted = None, False
+        masked, self.fellows.drifted = None, False
         for act in client_sync(order, self.traits, self.client_id):
             match act:
                 case Send(kind=Kind.PARTS):
-                    weight = float(self._samples[self.client_id])
+                    weight = float(self.fellows.samples[self.client_id])
                     header = Header(kind=Kind.PARTS, step=order.step, weight=weight)
                     self.link.send(header, self.learner.flat_values())
                 case Send():
@@ -270,71 +224,22 @@ class Client:
 
     def _masked_values(self, order: Sync) -> MaskedContribution:
         """Weighted before masking: the server adds up what it cannot read, and divides by the weights that came."""
-        assert self.peers is not None, "the run exchanged no peer keys"
-        share = self._samples[self.client_id] / sum(self._samples[client] for client in order.clients)
+        samples = self.fellows.samples
+        share = samples[self.client_id] / sum(samples[client] for client in order.clients)
         vector = self.learner.flat_values().double() * share
         return MaskedContribution(
             vector,
             size=len(vector),
-            peers=self.peers,
+            peers=self.fellows.keys(),
             client_id=self.client_id,
             cohort=order.clients,
             step=order.step,
-            context=f"examples {self._samples}",
+            context=f"examples {samples}",
         )
 
-    @torch.no_grad()
     def evaluate(self, step: int) -> None:
         """Score the held-out examples through the cut model."""
-        for part in (self.head, self.tail):
-            part.eval()
-        correct = total = label_tokens = 0
-        losses: list[float] = []
-        predictions: list[int] = []
-        for batch in self._eval_batches:
-            layout_B2 = self.head.layout_of(batch.ids_BT)
-            self.link.send_rows(
-                Kind.EVAL_SMASHED,
-                step,
-                self.head(batch.ids_BT.to(self.device)),
-                batch.lengths,
-                layout=layout_numbers(layout_B2),
-            )
-            reply = self.link.recv(Kind.EVAL_TRUNK_OUT, step)
-            labels, _ = self.side.labels(batch)
-            logits_LV = self.tail(pad(reply.payload, batch.lengths), labels, layout_B2).float().cpu()
-            score = score_eval(batch, logits_LV)
-            correct, total = correct + score.correct, total + score.total
-            label_tokens += score.label_tokens
-            losses.append(score.loss_sum)
-            predictions += score.predictions
-        decoded = self._decoded() if self.config.data.decodes else Decoded()
-        for part in (self.head, self.tail):
-            part.train()
-        loss_sum = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-        if self.config.data.save_predictions:
-            write_predictions(self.log.path.parent, step, self.data, predictions, decoded.texts)
-        self._patience.take(loss_sum / label_tokens if label_tokens else math.nan)
-        found = f"{correct} of {total} right" if self.data.chooses else f"{total} texts"
-        _log.info("evaluation after step %d: %s", step, found)
-        self.log.write(
-            Evaluation(
-                step=step,
-                correct=correct if self.data.chooses else None,
-                total=total,
-                loss_sum=loss_sum,
-                label_tokens=label_tokens,
-                matched=decoded.matched,
-            )
-        )
-
-    def _decoded(self) -> Decoded:
-        """Decode the answers to the held-out examples, the trunk's keys and values staying there."""
-        chains = SplitChains(self.head, self.tail, self.link)
-        model = ContinuedLM(self.head.model.config, chains.open, device=self.device)
-        decoded = decode_held_out(model, self.data, self.config)
-        chains.enough()
-        return decoded
+        self._patience.take(self._held_out.evaluate(step))
 
     def _votes_to_end(self, step: int) -> bool:
         """Say whether this client would stop, and learn whether the run does; no loss is told."""
@@ -346,14 +251,11 @@ class Client:
 
     def hand_over(self, order: HandOver) -> None:
         """Give the parts on, or take them up; sealed between clients, so the server relays what it cannot read."""
-        assert self.peers is not None, "the run exchanged no peer keys"
         if self.client_id == order.sender:
             for receiver in order.receivers:
-                sealed = self.peers.seal(receiver, self.learner.state())
-                self.link.send(Header(kind=Kind.HANDOVER, step=order.step, micro=receiver), sealed)
+                self.fellows.give(receiver, order.step)
         elif self.client_id in order.receivers:
-            sealed = self.link.recv_next(Kind.HANDOVER).payload
-            self.learner.load_state(self.peers.open(order.sender, sealed))
+            self.fellows.take(order.sender)
 
     def save(self, step: int) -> bool:
         """Write the client parts, which never leave this client; learn which checkpoints there are from now on.

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from hpc.agreement import lasting_agreement
 from hpc.config import Config
@@ -49,7 +50,11 @@ def check(config: Config, *, coordinates: bool = True) -> None:
 
 def check_model(config: Config) -> None:
     """Raise a `BadInput` error for a model that is not there, or that cannot be cut or trained as asked."""
-    raw_config = read_config(resolve(config.model))
+    check_cut(config, read_config(resolve(config.model)))
+
+
+def check_cut(config: Config, raw_config: dict[str, Any]) -> None:
+    """Raise a `BadInput` error for a model, given by its config.json, that cannot be cut or trained as asked."""
     published_prefix(config.adapter, raw_config)
     _check_something_learns(config, cut_of(config.model, raw_config))
     _check_tied(config, bool(raw_config.get("tie_word_embeddings", False)))

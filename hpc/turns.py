@@ -46,7 +46,9 @@ class Ring:
     """Turns of each member. Whoever goes on behind its last one waits until everybody has had theirs."""
     steps_per_turn: int = 1
     port: int | None = None
-    """Of the ring's own store on this machine; None: the ring meets in the run's store."""
+    """Of the ring's own store; None: the ring meets in the run's store."""
+    host: str = "127.0.0.1"
+    """Where the ring's own store is."""
 
     def slot(self, turn: int) -> int:
         """The place of this member's turn among everybody's."""
@@ -218,7 +220,7 @@ def step_hooks(
     if TURNS not in os.environ:
         return StepHooks()
     ring, timeout = Ring.from_json(os.environ[TURNS]), timedelta(seconds=config.link.timeout_s)
-    store = store if ring.port is None else _open_store(ring.port)
+    store = store if ring.port is None else _open_store(ring.host, ring.port)
     assert store is not None, "a ring without a port meets in the run's store"
     turns = Turns(store, ring, timeout=timeout)
     if role not in LEADERS:
@@ -237,11 +239,11 @@ def followers(config: Config, step: int) -> list[str]:
     return trunks + [f"client-{client}" for client in clients_of_step(config.train, step)]
 
 
-def _open_store(port: int) -> Store:
+def _open_store(host: str, port: int) -> Store:
     from torch.distributed import TCPStore
 
     from hpc.link.broken import lost_if_broken
 
     with lost_if_broken("whoever keeps the turns is gone"):
         timeout = timedelta(seconds=CONNECT_S)
-        return TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timeout)
+        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)

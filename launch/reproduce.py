@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hpc.cli import run_main
 from hpc.errors import ConfigError
 from hpc.reproduce.plan import cells_of, jobs_of, tuning_jobs
-from hpc.reproduce.preset import load_preset
+from hpc.reproduce.preset import Preset, load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ("table1", "table2", "table4", "table5")
@@ -40,19 +40,53 @@ def main(argv: list[str]) -> int:
         return 0
     results = Path(own.results_dir)
     preset = load_preset(own.preset, PRESETS)
+    from hpc.reproduce.render import render, render_preset
+
+    if own.what == "render":
+        for path in render(results, PRESETS, others=[preset]):
+            print(path)
+        return 0
+    if own.what == "efficiency":
+        return efficiency(own, preset, argv)
     tables = list(preset.tables) if own.what == "all" else [own.what]
-    jobs = (
-        tuning_jobs(preset, own.tasks)
-        if own.what == "tune"
-        else jobs_of(cells_of(preset, tables, own.tasks, own.seeds))
-    )
+    cells = [] if own.what == "tune" else cells_of(preset, tables, own.tasks, own.seeds)
+    jobs = tuning_jobs(preset, own.tasks) if own.what == "tune" else jobs_of(cells)
     from hpc.reproduce.run import Bench
 
     bench = Bench(
         root=ROOT, results=results.resolve(), data_dir=Path(own.data_dir).resolve(), preset=preset, at_once=own.jobs
     )
-    bench.run_all(jobs)
+    if own.dry_run:
+        from hpc.reproduce.dry_run import planned_runs, report
+
+        print(report(preset, planned_runs(preset, jobs, cells, bench.is_done)))
+    else:
+        bench.run_all(jobs)
+        show(render_preset(results, preset), preset, ["tuning"] if own.what == "tune" else tables)
+    return efficiency(own, preset, argv) if own.what == "all" and preset.efficiency else 0
+
+
+def efficiency(own: argparse.Namespace, preset: Preset, argv: list[str]) -> int:
+    """Typed by itself, it measures again; as a part of `all`, only what has not been measured."""
+    from hpc.reproduce.efficiency import efficiency_path, list_efficiency, measure_efficiency
+
+    results, data_dir = Path(own.results_dir).resolve(), Path(own.data_dir).resolve()
+    if own.dry_run:
+        list_efficiency(preset)
+    elif own.what == "efficiency" or not efficiency_path(results, preset).exists():
+        for path in measure_efficiency(preset, root=ROOT, results=results, data_dir=data_dir, arguments=argv):
+            print(path)
     return 0
+
+
+def show(written: list[Path], preset: Preset, asked: list[str]) -> None:
+    """What was written, and the pages that were asked for."""
+    pages = {f"{name}-{preset.name}.md" for name in asked}
+    for path in written:
+        print(path)
+    for path in written:
+        if path.name in pages:
+            print(f"\n{path.read_text(encoding='utf-8')}", end="")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -64,7 +98,9 @@ def own_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("what", choices=[*TABLES, "tune", "all", "render", "score"], help="A table, or what to do.")
+    parser.add_argument(
+        "what", choices=[*TABLES, "efficiency", "tune", "all", "render", "score"], help="A table, or what to do."
+    )
     parser.add_argument("run", nargs="?", help="score: the folder of the run.")
     parser.add_argument("--preset", default="small", help="paper, small (default), smoke, or a YAML file like those.")
     parser.add_argument("--data_dir", default="data", help="Folder with the data sets (docs/data.md); default: data.")

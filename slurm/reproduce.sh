@@ -4,6 +4,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=4
+#SBATCH --signal=B:TERM@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%A_%a.out
@@ -12,6 +13,11 @@
 #
 #   sbatch slurm/reproduce.sh --preset small
 #   sbatch --array=1 slurm/reproduce.sh        one table only
+#   sbatch --gres=gpu:1 --time=24:00:00 slurm/reproduce.sh --preset paper --data_dir data
+#   sbatch --array=0 slurm/reproduce.sh --preset paper --tasks rte cb --seeds 0      a part of a table
+#
+# 180 s before the time limit the run under way is told to write a checkpoint. Submitted again, with the same flags, the
+# table goes on from there; what is done is not done again, and tasks of several arrays share what is left.
 set -euo pipefail
 
 # The one place that says which index is which table; --array above goes from 0 to the last.

@@ -1,4 +1,4 @@
-"""A suite's files: `raw/bench-<suite>.json`, and the table and figure made from it.
+"""A suite's files: `raw/bench-<suite>.json`, or `raw/bench-<suite>-<preset>.json`; table and figure are made from it.
 
 The raw file holds every single measurement and where it comes from, without names of machines or folders.
 """
@@ -22,6 +22,7 @@ RESULTS = Path("results")
 
 
 def raw_path(results: Path, name: str) -> Path:
+    """`name`: a suite's, or a suite's and a preset's (`named`)."""
     return results / "raw" / f"bench-{name}.json"
 
 
@@ -29,16 +30,34 @@ def table_path(results: Path, name: str) -> Path:
     return results / "tables" / f"bench-{name}.md"
 
 
+def csv_path(results: Path, name: str) -> Path:
+    return results / "tables" / f"bench-{name}.csv"
+
+
 def figure_path(results: Path, name: str) -> Path:
     return results / "figures" / f"bench-{name}.png"
 
 
-def save(results: Path, name: str, measured: Measured, provenance: dict[str, Any]) -> Path:
+def named(suite: str, preset: str | None) -> str:
+    """What the files of a suite are called that was measured as a preset says."""
+    return suite if preset is None else f"{suite}-{preset}"
+
+
+def names(results: Path) -> list[str]:
+    """Of the raw files that are there: suite by suite, without a preset first."""
+    there = {path.stem.removeprefix("bench-") for path in (results / "raw").glob("bench-*.json")}
+    found = [name for suite in SUITES for name in sorted(there) if name == suite or name.startswith(named(suite, ""))]
+    return list(dict.fromkeys(found))
+
+
+def save(
+    results: Path, suite: str, measured: Measured, provenance: dict[str, Any], *, preset: str | None = None
+) -> Path:
     """Write the raw file; the old one stays whole until the new one is."""
-    path = raw_path(results, name)
+    path = raw_path(results, named(suite, preset))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figures = load_suite(name).figures(measured)
-    write_json_atomic(path, {"suite": name, **provenance, "figures": figures, "measured": measured})
+    figures = load_suite(suite).figures(measured)
+    write_json_atomic(path, {"suite": suite, **provenance, "figures": figures, "measured": measured})
     return path
 
 
@@ -48,30 +67,32 @@ def load(path: Path) -> Raw:
 
 
 def render(results: Path) -> list[Path]:
-    """Make the table and the figure of every raw file again; returns the files written."""
-    written = []
-    for name in SUITES:
-        if raw_path(results, name).exists():
-            written += _render_one(results, name, load_suite(name))
-    return written
+    """Make the tables and the figure of every raw file again; returns the files written."""
+    return [path for name in names(results) for path in render_one(results, name)]
 
 
-def _render_one(results: Path, name: str, suite: Suite) -> list[Path]:
-    raw, table, figure = load(raw_path(results, name)), table_path(results, name), figure_path(results, name)
-    for path in (table, figure):
+def render_one(results: Path, name: str) -> list[Path]:
+    raw = load(raw_path(results, name))
+    suite: Suite = load_suite(raw["suite"])
+    figure = figure_path(results, name)
+    texts = {table_path(results, name): suite.table(raw)}
+    if suite.csv is not None:
+        texts[csv_path(results, name)] = suite.csv(raw)
+    for path in (*texts, figure):
         path.parent.mkdir(parents=True, exist_ok=True)
-    draft = table.with_name(f".{table.name}.{os.getpid()}")
-    draft.write_text(suite.table(raw), encoding="utf-8")
-    os.replace(draft, table)
-    return [table, suite.draw(raw, figure)]
+    for path, text in texts.items():
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    return [*texts, suite.draw(raw, figure)]
 
 
-def provenance(config: Config, arguments: Sequence[str]) -> dict[str, Any]:
-    """Where the numbers come from. `arguments`: the command line behind `launch/bench.py`."""
+def provenance(config: Config, arguments: Sequence[str], *, script: str = "launch/bench.py") -> dict[str, Any]:
+    """Where the numbers come from. `arguments`: the command line behind `script`."""
     about = machine()
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "command": " ".join(["python launch/bench.py", *(without_folders(each) for each in arguments)]),
+        "command": " ".join([f"python {script}", *(without_folders(each) for each in arguments)]),
         "git_commit": git_commit(),
         "machine": about,
         "threads": {

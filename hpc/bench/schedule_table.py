@@ -9,7 +9,7 @@ from hpc.bench.markdown import UNKNOWN, footer, shown, span
 from hpc.bench.markdown import table as markdown_table
 from hpc.bench.schedule_figures import figures
 from hpc.bench.suite import Raw
-from hpc.bench.turn_figures import QUIET_SHARE, WARM_UP_TURNS, counted, quiet_rounds
+from hpc.bench.turn_figures import rounds_note
 
 COMPONENTS = ("head", "trunk", "tail", "seal", "open", "wire", "wait", "other", "between", "total")
 MIB = 2**20
@@ -93,22 +93,8 @@ def _notes(measured: Mapping[str, Any]) -> str:
         if averages:
             mean = sum(averages) / len(averages)
             lines.append(f"An average of `replica` took {mean:.2f} s; it is part of the turn before it.")
-        lines.append(_rounds(ring["members"]))
+        lines.append(rounds_note(ring["members"]))
     return " ".join(lines)
-
-
-def _rounds(members: Mapping[str, Any]) -> str:
-    """How many rounds count, and what others took of the cores in them."""
-    rounds = quiet_rounds(members)
-    shares = [turn["others_share"] for member in members.values() for turn in counted(member, rounds)]
-    total = len(next(iter(members.values()))["turns"]) - WARM_UP_TURNS
-    mean, limit = 100 * sum(shares) / len(shares), 100 * QUIET_SHARE
-    if max(shares) > QUIET_SHARE:
-        return f"**The machine was not quiet**: in the {total} rounds other processes took {mean:.1f} % of the cores."
-    return (
-        f"{len(rounds)} of {total} rounds count: in the rest other processes took more than {limit:.0f} % of the cores "
-        f"in some turn (in those that count, {mean:.1f} % on average)."
-    )
 
 
 def _goals(goals: Rows) -> str:

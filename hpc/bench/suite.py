@@ -21,6 +21,7 @@ SUITES = {
     "schedules": "hpc.bench.schedules",
     "generation": "hpc.bench.generation",
     "scale": "hpc.bench.scale",
+    "efficiency": "hpc.bench.efficiency",
 }
 
 
@@ -53,6 +54,8 @@ class Suite:
     table: Callable[[Raw], str]
     """Markdown from the content of a raw file (`hpc.bench.results`)."""
     draw: Callable[[Raw, Path], Path]
+    csv: Callable[[Raw], str] | None = None
+    """The table's numbers for other programs, where a suite has them."""
 
 
 def load_suite(name: str) -> Suite:

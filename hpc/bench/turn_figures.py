@@ -146,3 +146,17 @@ def _median_or_none(values: Sequence[float | None]) -> float | None:
     """None where not everything was counted."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known and len(known) == len(values) else None
+
+
+def rounds_note(members: Mapping[str, Any]) -> str:
+    """What a table says of them: how many rounds count, and what others took of the cores in them."""
+    rounds = quiet_rounds(members)
+    shares = [turn["others_share"] for member in members.values() for turn in counted(member, rounds)]
+    total = len(next(iter(members.values()))["turns"]) - WARM_UP_TURNS
+    mean, limit = 100 * sum(shares) / len(shares), 100 * QUIET_SHARE
+    if max(shares) > QUIET_SHARE:
+        return f"**The machine was not quiet**: in the {total} rounds other processes took {mean:.1f} % of the cores."
+    return (
+        f"{len(rounds)} of {total} rounds count: in the rest other processes took more than {limit:.0f} % of the cores "
+        f"in some turn (in those that count, {mean:.1f} % on average)."
+    )

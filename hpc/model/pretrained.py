@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hpc.errors import ModelError
@@ -25,6 +26,17 @@ def load_hf_config(resolver: FileResolver) -> Any:
     if getattr(config, "pre_seq_len", None):
         config.pre_seq_len = None  # an adapter, not a part of the model (hpc.source.published_prefix)
     return config
+
+
+def config_of_shape(shape: Mapping[str, Any]) -> Any:
+    """The `PretrainedConfig` of a model that is known by the content of its config.json only."""
+    from transformers import AutoConfig
+
+    numbers = {key: value for key, value in shape.items() if key != "model_type"}
+    try:
+        return AutoConfig.for_model(str(shape.get("model_type")), **numbers)
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{dict(shape)} is not the shape of a model that transformers knows: {error}") from None
 
 
 def load_tokenizer(resolver: FileResolver) -> Any:

@@ -37,14 +37,16 @@ def title(summary: Summary) -> str:
     return f"{summary['name']}: {summary['model']}, {summary['schedule']}, {clients} client{'s'[: clients != 1]}"
 
 
-def new_figure(width: float, height: float, heights: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
-    """A figure drawn without a display, with panels of the given relative heights."""
+def new_figure(
+    width: float, height: float, heights: Sequence[float] = (1,), *, columns: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure drawn without a display, with rows of panels of the given relative heights; panels row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights))[:, 0])
+    axes = list(figure.subplots(len(heights), columns, squeeze=False, height_ratios=list(heights)).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(visible=True, color="#EEEEEE")

@@ -7,6 +7,9 @@ models: {small: {model.name_or_path: smollm2-135m}}
 adapters: {lora: {adapter.method: lora, train.learning_rate: 1.0e-3}}
 tasks: {rte: {batches: 40, flags: {data.max_source_length: 128}}}
 tables: {table1: [{model: small, adapters: [lora], tasks: [rte], methods: [zero_shot, centralised, serial]}]}
+estimate: {tflops: 0.05}                # what --dry_run counts with (`Assumptions`)
+shapes: {small: {model_type: llama}}    # of models that are not here: their config.json, for --dry_run alone
+efficiency: {turns: 5, flags: {model.name_or_path: smollm2-135m}}    # all its flags; nothing of common
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import yaml
 from hpc.data.templates import FORMATS
 from hpc.errors import ConfigError
 from hpc.reproduce import sections
+from hpc.reproduce.assumptions import Assumptions, assumptions
 from hpc.reproduce.methods import METHODS, ZERO_SHOT
 
 Flags = Mapping[str, Any]
@@ -61,6 +65,20 @@ class Tuning:
 
 
 @dataclass(kw_only=True, frozen=True)
+class Efficiency:
+    """How time is measured (`hpc.bench.efficiency`)."""
+
+    turns: int
+    flags: Flags
+    """All there are: where time is measured, `common` and the models' flags say nothing."""
+    clients: int = 8
+    """Of the largest federation."""
+    rings: int = 1
+    """So many times fewer clients at the same time, for less memory; 16: each federation alone beside the uncut
+    model."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class Preset:
     """See the module."""
 
@@ -73,6 +91,9 @@ class Preset:
     tables: Mapping[str, tuple[Block, ...]]
     common: Flags = field(default_factory=dict)
     tuning: Tuning | None = None
+    efficiency: Efficiency | None = None
+    estimate: Assumptions = field(default_factory=Assumptions)
+    shapes: Mapping[str, Flags] = field(default_factory=dict)
 
 
 FOLDERS = {
@@ -122,11 +143,15 @@ def _preset(name: str, content: object) -> Preset:
             for table, blocks in sections.mapping(given["tables"], "tables").items()
         },
         tuning=None if given.get("tuning") is None else _tuning(given["tuning"]),
+        efficiency=None if given.get("efficiency") is None else _efficiency(given["efficiency"]),
+        estimate=assumptions(given.get("estimate")),
+        shapes=_flags_of_each({"shapes": {}, **given}, "shapes"),
     )
     _known("tasks", "task", list(preset.tasks), FORMATS)
     for table, blocks in preset.tables.items():
         for block in blocks:
             _check(f"tables.{table}", preset, block)
+    _known("shapes", "model", list(preset.shapes), preset.models)
     if preset.tuning:
         _known("tuning", "model", [preset.tuning.model], preset.models)
         _known("tuning", "task", preset.tuning.tasks, preset.tasks)
@@ -169,6 +194,12 @@ def _tuning(content: object) -> Tuning:
         tasks=sections.names(given["tasks"], "tuning.tasks"),
         rates={adapter: sections.rates(each, f"tuning.rates.{adapter}") for adapter, each in rates.items()},
     )
+
+
+def _efficiency(content: object) -> Efficiency:
+    given = sections.section(content, "efficiency", Efficiency)
+    numbers = {key: sections.at_least_one(given[key], f"efficiency.{key}") for key in given if key != "flags"}
+    return Efficiency(flags=sections.flags(given["flags"], "efficiency.flags"), **numbers)
 
 
 def _check(where: str, preset: Preset, block: Block) -> None:

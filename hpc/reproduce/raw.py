@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpc.config import Config
 from hpc.errors import DataError
@@ -15,12 +15,25 @@ from hpc.report.events import decode
 from hpc.report.provenance import machine
 from hpc.report.summary import write_json_atomic
 from hpc.reproduce.plan import Job
-from hpc.reproduce.score import Scored, score_run
+
+if TYPE_CHECKING:
+    from hpc.reproduce.score import Scored
 
 Raw = Mapping[str, Any]
 FORMAT = 1
 FOLDER = Path("raw") / "reproduce"
-KEYS = ("format", "preset", "job", "fingerprint", "flags", "metrics", "losses", "predictions", "command", "git_commit")
+KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("preset", "scale", "job", "model", "task", "adapter", "method", "fingerprint", "date"), str),
+    **dict.fromkeys(("flags", "metrics", "predictions", "versions", "machine", "config"), dict),
+    **dict.fromkeys(("metrics_before", "predictions_before"), (dict, type(None))),
+    **dict.fromkeys(("format", "seed", "examples"), int),
+    "tuning": bool,
+    "eval_loss": (int, float),
+    "losses": list,
+    "command": str,
+    "git_commit": (str, type(None)),
+}
+"""What a table is made from."""
 
 
 def raw_path(results: Path, preset: str, job: Job) -> Path:
@@ -31,6 +44,8 @@ def record(
     job: Job, preset: str, scale: str, config: Config, folder: Path, *, command: str, seconds: float
 ) -> dict[str, Any]:
     """The content of the file, from a finished run's folder. Raises `DataError` where the run has not finished."""
+    from hpc.reproduce.score import score_run  # with torch, which who only reads these files can do without
+
     summary = read_json(folder / "summary.json")
     steps = int(summary["steps"])
     after = score_run(folder, config, steps)
@@ -75,13 +90,35 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 def read(path: Path) -> Raw:
     """Raises `DataError` for a file that is not a run's, or not whole."""
-    content = read_json(path)
-    missing = [key for key in KEYS if key not in content]
-    if missing or content["format"] != FORMAT:
-        what = f"has no {missing[0]!r}" if missing else f"is of format {content['format']}, not {FORMAT}"
-        raise DataError(f"{path} {what}; delete it, and its run is done again")
-    found: Raw = decode(content)
+    found: Raw = decode(read_json(path))
+    missing = [key for key in KINDS if key not in found]
+    wrong = [key for key, kind in KINDS.items() if key in found and not isinstance(found[key], kind)]
+    if not missing and not wrong:
+        wrong = [key for key, numbers in _numbers(found).items() if not _are_numbers(numbers)]
+    if missing or wrong or found["format"] != FORMAT or found["job"] != path.stem:
+        raise DataError(f"{path} {_fault(path, found, missing, wrong)}; delete it, and its run is done again")
     return found
+
+
+def _numbers(content: Raw) -> dict[str, list[Any]]:
+    """Key → what must be numbers; among metrics those without which they are none."""
+    when = [key for key in ("metrics", "metrics_before") if content[key] is not None]
+    metrics = {key: [*content[key].values(), content[key].get("unparsed")] for key in when}
+    return metrics | {"losses": content["losses"]}
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, (int, float)) for value in values)
+
+
+def _fault(path: Path, content: Raw, missing: list[str], wrong: list[str]) -> str:
+    if missing:
+        return f"has no {missing[0]!r}"
+    if wrong:
+        return f"has {content[wrong[0]]!r} as {wrong[0]!r}"
+    if content["format"] != FORMAT:
+        return f"is of format {content['format']}, not {FORMAT}"
+    return f"is of run {content['job']}, whose name it does not have"
 
 
 def read_all(results: Path, preset: str) -> Iterator[Raw]:

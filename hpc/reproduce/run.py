@@ -142,6 +142,7 @@ class Bench:
                 return True
             content = self._record(job, flags, folder, time.monotonic() - begin)
             raw.write(self.path(job), content)
+            _drop_checkpoints(folder)
             self.say(f"[{place}] {job.name}: {_told(content)} ({content['seconds']:.0f} s)")
             return True
 
@@ -203,6 +204,12 @@ def _can_go_on(folder: Path, settings: Path, job: Job) -> bool:
     """Whether a run of these very settings stopped at a checkpoint."""
     stopped = any(folder.glob("checkpoint-*/manifest.json")) and not (folder / "summary.json").exists()
     return stopped and settings.is_file() and settings.read_text(encoding="utf-8") == job.fingerprint
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    """Of a run that is done: nothing goes on from them, and hundreds of runs' would fill a disc."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _beside(folder: Path, ending: str) -> Path:

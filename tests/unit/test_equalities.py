@@ -66,6 +66,15 @@ def test_serial_with_one_client_equals_centralised_bit_for_bit(adapter: str, tmp
     assert split.losses[0] != split.losses[-1]
 
 
+@pytest.mark.parametrize("cut", [(0, 0), (0, 2)])
+def test_wherever_the_model_is_cut_the_bits_are_the_same(cut: tuple[int, int], tmp_path: Path) -> None:
+    """With prefixes, whose tensors are the parts', and a gradient that is clipped."""
+    model = ModelConfig(name_or_path="tiny-llama", head_blocks=cut[0], tail_blocks=cut[1])
+    split = run_split(tiny("p_tuning_v2", model=model, schedule="serial", clients=1), tmp_path / "split")
+    whole = run_centralised(tiny("p_tuning_v2", schedule="centralised", clients=1), tmp_path / "whole")
+    assert (split.losses, split.correct) == (whole.losses, whole.correct)
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("clients", [1, 3])
 def test_centralised_equals_plain_pytorch(adapter: str, clients: int, tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ FLOORS = {
     "hpc.optim": 3,
     "hpc.learner": 3,
     "hpc.client_side": 3,
+    "hpc.client_evaluation": 3,
+    "hpc.fellows": 3,
     "hpc.client_step": 3,
     "hpc.contribution": 3,
     "hpc.trunk_link": 3,

@@ -46,6 +46,18 @@ def test_clipping_equals_pytorchs(max_norm: float) -> None:
         torch.testing.assert_close(mine, parameter.grad)
 
 
+def test_a_gradient_in_other_pieces_clips_by_the_same_float32_factor() -> None:
+    """A prefix is one tensor for each part, so a cut elsewhere has the same values in other pieces."""
+    for seed in range(20):
+        gradient = torch.randn(6, 4097, generator=torch.Generator().manual_seed(seed))
+        whole = clip_factor(global_norm(square_sum([gradient])), 0.5)
+        pieces = clip_factor(global_norm(square_sum([gradient[:1]]), square_sum([gradient[1:], None])), 0.5)
+        assert torch.equal(torch.tensor(whole), torch.tensor(pieces))
+        assert global_norm(square_sum([gradient])) == pytest.approx(
+            math.sqrt(math.fsum(value**2 for value in gradient.flatten().tolist())), rel=1e-14
+        )
+
+
 def test_no_bound_means_no_clipping() -> None:
     assert clip_factor(1e9, 0.0) == 1.0
 

@@ -57,8 +57,8 @@ def run(folder: Path, keys: Path, settings: Config, *, kind: Kind = Kind.SMASHED
 
     def prepare_with_new_keys(client: Client) -> None:
         if client.needs_state and settings.train.clients_meet:
-            client.peers = make_peers(client.client_id)
-            object.__setattr__(client.side, "peers", client.peers)
+            client.fellows.peers = make_peers(client.client_id)
+            object.__setattr__(client.side, "peers", client.fellows.peers)
         prepare(client)
 
     found = {"returning": 1, "waits_for_return": BACK_AT, "dying": frozenset({DEAD}), **options}

@@ -18,6 +18,7 @@ trains = st.builds(
     max_steps=st.integers(1, 60),
     sync_every=st.integers(1, 5),
     eval_every=st.integers(0, 7),
+    eval_before=st.booleans(),
     order=st.sampled_from(["union", "sequential"]),
 )
 
@@ -28,7 +29,10 @@ def test_every_step_comes_once_and_in_order(train: TrainConfig, evaluate: bool) 
     assert [i.step for i in stream if isinstance(i, TrainStep)] == list(range(train.max_steps))
     evaluations = [i.step for i in stream if isinstance(i, Evaluate)]
     assert evaluations == sorted(set(evaluations))
-    assert (evaluations[:1], evaluations[-1:]) == (([0], [train.max_steps]) if evaluate else ([], []))
+    assert evaluations[-1:] == ([train.max_steps] if evaluate else [])
+    assert (0 in evaluations) == (evaluate and train.eval_before)
+    on_the_way = [step for step in range(1, train.max_steps) if train.eval_every and step % train.eval_every == 0]
+    assert [step for step in evaluations if 0 < step < train.max_steps] == (on_the_way if evaluate else [])
 
 
 @given(trains)

@@ -1,0 +1,127 @@
+"""All tables and figures again, from the committed runs' files. Whatever is written appears whole, or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpc.errors import HpcError
+from hpc.reproduce import csv_file, markdown, raw, tuning
+from hpc.reproduce.loss_figure import draw_losses
+from hpc.reproduce.metric_figure import draw_metrics
+from hpc.reproduce.preset import Preset, load_preset
+from hpc.reproduce.rows import Row, Runs, rows_of, sort_out
+
+DEADLINE_S = 120.0  # for another process that renders; it takes seconds
+
+
+class RenderTimeout(HpcError):
+    """Another process holds the lock for longer than a rendering can take."""
+
+
+def render(
+    results: Path, presets: Path, *, others: Sequence[Preset] = (), say: Callable[[str], None] = print
+) -> list[Path]:
+    """Tables and figures of every preset of the folder `presets` that has runs in `results`; returns what was written.
+
+    `others`: presets from elsewhere.
+
+    A run's file that was made with other settings than its preset has now is not used, which `say` is told. Raises
+    `DataError` for a file that is broken, and `RenderTimeout`.
+    """
+    known = {path.stem: load_preset(path.stem, presets) for path in presets.glob("*.yaml")}
+    known.update({preset.name: preset for preset in others})
+    written = []
+    for name in sorted(folder.name for folder in (results / raw.FOLDER).glob("*") if any(folder.glob("*.json"))):
+        if name in known:
+            written += render_preset(results, known[name], say)
+        else:
+            say(f"{raw.FOLDER / name} is not rendered: there is no preset {name}; give its file as --preset")
+    return written
+
+
+def render_preset(results: Path, preset: Preset, say: Callable[[str], None] = print) -> list[Path]:
+    """The same for one preset, whose file may lie anywhere."""
+    with _alone(results):
+        runs = runs_of(results, preset, say)
+        tables = tables_of(preset, runs)
+        texts = pages(preset, tables, runs)
+        for name, text in texts.items():
+            with _draft(results / "tables" / name) as draft:
+                draft.write_text(text, encoding="utf-8")
+        return [results / "tables" / name for name in texts] + _figures(results, preset, tables)
+
+
+def runs_of(results: Path, preset: Preset, say: Callable[[str], None] = print) -> Runs:
+    """The preset's runs that are there; `say` is told of files that are not used. Raises `DataError`."""
+    runs, notes = sort_out(preset, raw.read_all(results, preset.name))
+    for note in notes:
+        say(note)
+    return runs
+
+
+def tables_of(preset: Preset, runs: Runs) -> dict[str, list[Row]]:
+    """Table → rows, of each that has a run."""
+    tables = {table: rows_of(preset, table, runs) for table in preset.tables}
+    return {table: rows for table, rows in tables.items() if any(row.results for row in rows)}
+
+
+def pages(preset: Preset, tables: Mapping[str, Sequence[Row]], runs: Runs) -> dict[str, str]:
+    """Name of a file in `tables/` → its text."""
+    found = {}
+    for table, rows in tables.items():
+        found[f"{table}-{preset.name}.md"] = markdown.page(preset, table, rows, runs)
+        found[f"{table}-{preset.name}.csv"] = csv_file.text(rows)
+    if any(run["tuning"] for run in runs.values()):
+        found[f"tuning-{preset.name}.md"] = tuning.page(preset, runs)
+    return found
+
+
+def _figures(results: Path, preset: Preset, tables: dict[str, list[Row]]) -> list[Path]:
+    rows = [row for each in tables.values() for row in each]
+    drawn = []
+    for name, draw in (("losses", draw_losses), ("accuracy", draw_metrics)):
+        path = results / "figures" / f"{name}-{preset.name}.png"
+        with _draft(path) as draft:
+            if draw(rows, preset.scale, draft):
+                drawn.append(path)
+    return drawn
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """A name to write to; what is there at the end becomes `path` at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield draft
+        if draft.exists():
+            draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(results: Path) -> Iterator[None]:
+    """One rendering at a time, so that the last one to write is the last one that read."""
+    path = results / "runs" / "reproduce" / ".render.lock"  # where nothing is committed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + DEADLINE_S
+    with path.open("w") as lock:
+        while not _locked(lock.fileno()):
+            if time.monotonic() > deadline:
+                raise RenderTimeout(f"{path} is held by another process for {DEADLINE_S:.0f} s; end that one first")
+            time.sleep(0.1)
+        yield
+
+
+def _locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
