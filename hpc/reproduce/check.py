@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a table's runs, found before the first one starts. Imports no torch."""
+"""Everything that can be wrong with a table's runs, found before the first one starts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from hpc.cli import parse_quickly, suggestion, valid_keys
 from hpc.config import Config
-from hpc.data.examples import held_out_examples
 from hpc.data.folders import FOLDERS, content_of, file_in
 from hpc.errors import ConfigError, DataError
 from hpc.preflight import check, check_data
 from hpc.rules import require
+from hpc.source.resolve import resolve
 
 CLIENT_ID = "{client_id}"
 
@@ -34,18 +34,26 @@ def check_configs(configs: Iterable[Config]) -> None:
     models = {repr((each.model, each.adapter, each.trunk, each.train.schedule)): each for each in configs}
     for each in models.values():
         check(each, coordinates=False)
-    data = {repr((each.data, each.train.clients)): each for each in configs}
+    data = {repr((each.data, each.train.clients, each.model.name_or_path)): each for each in configs}
     for each in data.values():
-        check_data(each, range(each.train.clients))
-        _check_scored(each)
+        _check_data(each)
 
 
-def _check_scored(config: Config) -> None:
-    """A run without held-out examples, or texts that nobody generates, would have nothing for a table."""
+def _check_data(config: Config) -> None:
+    """Read and tokenise as the clients will. A run without held-out examples would have nothing for a table."""
+    from hpc.data.dataset import load_client_data
+    from hpc.model.pretrained import load_tokenizer
+
     task, how = config.data.task, config.data.evaluate_by
     require(config.data.evaluates, f"{task}: data.val_examples is 0, so nothing would be scored; raise it")
-    if how != "generation" and any(example.kind == "text" for example in held_out_examples(config, 0)):
-        raise ConfigError(f"{task}: data.evaluate_by is {how}, and texts are scored as generated; make it generation")
+    check_data(config, range(config.train.clients))  # needs no tokenizer, so it is quick to refuse
+    tokenizer = load_tokenizer(resolve(config.model))
+    for client_id in range(config.train.clients):
+        chooses = load_client_data(config, client_id, tokenizer).chooses
+        require(
+            chooses or how == "generation",
+            f"{task}: data.evaluate_by is {how}, and texts are scored as generated; make it generation",
+        )
 
 
 def folder_of(data_dir: Path, folder: str, task: str) -> Path:

@@ -192,6 +192,13 @@ def test_what_could_not_be_scored_is_not_run(data: Path, tmp_path: Path) -> None
     refused(tmp_path, message, tasks={"xsum": {"batches": 4}}, tables={"table1": [block]})
 
 
+def test_a_question_that_does_not_fit_is_named_before_the_first_run(data: Path, tmp_path: Path) -> None:
+    tasks = {"rte": {"batches": 4}, "copa": {"batches": 4, "flags": {"data.max_source_length": 40}}}
+    block = {**BLOCK, "tasks": ["rte", "copa"]}
+    said = refused(tmp_path, "more than --data.max_source_length 40", tasks=tasks, tables={"table1": [block]})
+    assert said.startswith(f"copa, {data}/COPA/train.jsonl:")
+
+
 def test_results_that_cannot_be_written_are_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
     refused(tmp_path, "--results_dir .*a file is a file; give a folder", results="a file")
