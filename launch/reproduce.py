@@ -29,8 +29,9 @@ PRESETS = Path(__file__).with_name("presets")
 def main(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the command
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):  # no run outlives the command
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     own = checked(own_parser().parse_args(argv))
     if own.what == "score":
         from hpc.reproduce.score_command import scores_of
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
         return efficiency(own, preset, argv)
     tables = list(preset.tables) if own.what == "all" else [own.what]
     cells = [] if own.what == "tune" else cells_of(preset, tables, own.tasks, own.seeds)
-    jobs = tuning_jobs(preset) if own.what == "tune" else jobs_of(cells)
+    jobs = tuning_jobs(preset, own.tasks) if own.what == "tune" else jobs_of(cells)
     from hpc.reproduce.run import Bench
 
     bench = Bench(

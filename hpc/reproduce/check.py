@@ -7,9 +7,11 @@ from pathlib import Path
 
 from hpc.cli import parse_quickly
 from hpc.config import Config
+from hpc.data.examples import held_out_examples
 from hpc.data.folders import FOLDERS, content_of, file_in
 from hpc.errors import ConfigError, DataError
 from hpc.preflight import check, check_data
+from hpc.rules import require
 
 CLIENT_ID = "{client_id}"
 
@@ -33,6 +35,15 @@ def check_configs(configs: Iterable[Config]) -> None:
     data = {repr((each.data, each.train.clients)): each for each in configs}
     for each in data.values():
         check_data(each, range(each.train.clients))
+        _check_scored(each)
+
+
+def _check_scored(config: Config) -> None:
+    """A run without held-out examples, or texts that nobody generates, would have nothing for a table."""
+    task, how = config.data.task, config.data.evaluate_by
+    require(config.data.evaluates, f"{task}: data.val_examples is 0, so nothing would be scored; raise it")
+    if how != "generation" and any(example.kind == "text" for example in held_out_examples(config, 0)):
+        raise ConfigError(f"{task}: data.evaluate_by is {how}, and texts are scored as generated; make it generation")
 
 
 def folder_of(data_dir: Path, folder: str, task: str) -> Path:

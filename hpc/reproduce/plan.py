@@ -66,14 +66,15 @@ def cells_of(preset: Preset, tables: Sequence[str], tasks: Sequence[str], seeds:
     if unknown := [task for task in tasks if task not in known]:
         raise ConfigError(f"--tasks {unknown[0]} is not in {', '.join(tables)}; choose of {', '.join(known)}")
     found = [
-        cell
+        (place, cell)
         for table, block in blocks
         for task in block.tasks
         if not tasks or task in tasks
-        for seed in seeds or preset.tasks[task].seeds
+        for place, seed in enumerate(dict.fromkeys(seeds or preset.tasks[task].seeds))
         for cell in _cells_of_task(preset, table, block, task, seed)
     ]
-    return sorted(found, key=lambda cell: cell.seed)  # stable: a table is whole, with one seed, as early as can be
+    # Stable: a table is whole, with one seed, as early as can be. Parts of a table may have a cell in common.
+    return list({_key(cell): cell for _, cell in sorted(found, key=lambda each: each[0])}.values())
 
 
 def jobs_of(cells: Sequence[Cell]) -> list[Job]:
@@ -81,17 +82,26 @@ def jobs_of(cells: Sequence[Cell]) -> list[Job]:
     return list({cell.job.name: cell.job for cell in cells}.values())
 
 
-def tuning_jobs(preset: Preset) -> list[Job]:
-    """The runs among which a learning rate is chosen. Raises `ConfigError` if the preset chooses none."""
+def tuning_jobs(preset: Preset, tasks: Sequence[str] = ()) -> list[Job]:
+    """The runs among which a learning rate is chosen, of all tasks or some.
+
+    Raises `ConfigError` if the preset chooses none, or not for a task.
+    """
     tuning = preset.tuning
     if tuning is None:
         raise ConfigError(f"--preset {preset.name} tries no learning rates: its section `tuning` would say which")
+    if unknown := [task for task in tasks if task not in tuning.tasks]:
+        raise ConfigError(f"--tasks {unknown[0]} is not tuned; choose of {', '.join(tuning.tasks)}")
     return [
         _job(preset, tuning.model, task, adapter, CENTRALISED, 0, rate=rate)
-        for task in tuning.tasks
+        for task in tasks or tuning.tasks
         for adapter, rates in tuning.rates.items()
         for rate in rates
     ]
+
+
+def _key(cell: Cell) -> tuple[str | int, ...]:
+    return (cell.table, cell.model, cell.task, cell.adapter, cell.method, cell.seed)
 
 
 def _blocks(preset: Preset, table: str) -> Sequence[Block]:

@@ -115,14 +115,16 @@ def load_preset(name: str, folder: Path) -> Preset:
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in folder.glob("*.yaml")))
         raise ConfigError(f"--preset {name} is not known; choose one of {known}, or give a YAML file like those")
+    if path.stem in {each.stem for each in folder.glob("*.yaml")} and path.resolve().parent != folder.resolve():
+        raise ConfigError(f"--preset {name} would write over the results of our own {path.stem}; rename the file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--preset {name}: {path} cannot be read: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--preset {path} cannot be read: {' '.join(str(error).split())}") from None
     try:
         return _preset(path.stem, content)
     except ValueError as error:
-        raise ConfigError(f"--preset {name}: {path} is no preset: {error}") from None
+        raise ConfigError(f"--preset {path} is no preset: {error}") from None
 
 
 def _preset(name: str, content: object) -> Preset:

@@ -58,6 +58,8 @@ class Bench:
     at_once: int = 1
     """Runs at the same time."""
     say: Callable[[str], None] = field(default_factory=lambda: partial(print, flush=True))
+    _given: dict[str, list[str]] = field(default_factory=dict)
+    """Run → its flags; once, as a part of the data may have to be written for them."""
     _configs: dict[str, Config] = field(default_factory=dict)
     _processes: Processes = field(default_factory=Processes)
 
@@ -91,7 +93,8 @@ class Bench:
     def _prepare(self, todo: Sequence[Job]) -> None:
         """Find what is wrong before work begins."""
         check_folder("--results_dir", self.results)
-        self._configs = configs_of(self.preset.name, {job.name: self._flags(job) for job in todo})
+        self._given = {job.name: self._flags(job) for job in todo}
+        self._configs = configs_of(self.preset.name, self._given)
         check_configs(self._configs.values())
         ensure_local(self._keys, max(config.train.clients for config in self._configs.values()))
 
@@ -122,13 +125,19 @@ class Bench:
 
     def _one(self, job: Job, place: str) -> bool:
         """Whether the job is done, or nothing more is to be done."""
+        try:
+            return self._do(job, place)
+        except OSError as error:
+            raise RunFailed(f"{job.name}: its files in {self.results} cannot be written: {error}") from None
+
+    def _do(self, job: Job, place: str) -> bool:
         with self._claimed(job) as lock:
             if lock is None:
                 return False
             if self._processes.ended or self.is_done(job):
                 return True
             begin = time.monotonic()
-            flags, folder = self._flags(job), self.folder / job.name
+            flags, folder = self._given[job.name], self.folder / job.name
             if not self._start(job, flags, folder, lock):
                 return True
             content = self._record(job, flags, folder, time.monotonic() - begin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,11 +11,14 @@ from hpc.config import Config
 from hpc.errors import DataError
 from hpc.reproduce.score import Scored, score_run
 
+PREDICTIONS = re.compile(r"predictions-(\d+)-client-\d+\.jsonl")
+
 
 def scores_of(folder: Path) -> str:
     """A line for each evaluated step. Raises `DataError` for a folder without a run or predictions, or broken ones."""
     config = config_of(folder)
-    steps = sorted({int(path.name.split("-")[1]) for path in folder.glob("roles/*/predictions-*-client-*.jsonl")})
+    names = [path.name for path in folder.glob("roles/*/predictions-*.jsonl")]
+    steps = sorted({int(found[1]) for name in names if (found := PREDICTIONS.fullmatch(name))})
     if not steps:
         why = "they are lost" if config.data.save_predictions else "the run was without --data.save_predictions true"
         raise DataError(f"{folder} has no predictions ({why}); run it again with --data.save_predictions true")

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from hpc.cli import make_parser, parse
+from hpc.cli import make_parser, parse, to_yaml
 from hpc.data.examples import held_out_examples, training_examples
 from hpc.data.folders import FOLDERS
 from hpc.data.templates import FORMATS
 from hpc.preflight import check_data
+from hpc.reproduce.score_command import scores_of
+from tests.loopback import run_centralised
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -40,6 +42,25 @@ def test_the_data_set_without_code_works_as_shown(tmp_path: Path, monkeypatch: p
     }
     assert [len(share) for share in shares] == [2, 2]
     assert sum(len(held_out_examples(config, client)) for client in range(2)) == 4
+
+
+def test_it_is_scored_as_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (flags,) = re.findall(r"^torchrun launch/local.py (--config notes.yaml .+)$", TEXT, re.MULTILINE)
+    (folder,) = re.findall(r"^python launch/reproduce.py score (\S+)$", TEXT, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    Path("notes").mkdir()
+    for name, text in (("notes/train.jsonl", blocks("jsonl")[1]), ("notes/val.jsonl", blocks("jsonl")[1])):
+        Path(name).write_text(text)
+    Path("notes.yaml").write_text(blocks("yaml")[0])
+    parser = make_parser("test")
+    small = ["--model.name_or_path", "tiny-llama", "--train.max_steps", "1", "--train.schedule", "centralised"]
+    config, namespace = parse(parser, [*flags.split(), *small])
+    assert folder == f"results/runs/{config.run.name}"
+    run_centralised(config, Path(folder))
+    (Path(folder) / "config.yaml").write_text(to_yaml(parser, namespace))
+    _, head, *rows = scores_of(Path(folder)).splitlines()
+    assert head.split() == ["step", "accuracy", "unparsed", "examples"]
+    assert [(row.split()[0], row.split()[-1]) for row in rows] == [("0", "4"), ("1", "4")]
 
 
 def test_prompt_and_answer_work_as_shown(tmp_path: Path) -> None:

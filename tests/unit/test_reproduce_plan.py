@@ -53,15 +53,26 @@ def test_a_table_has_a_cell_for_each_task_adapter_method_and_seed(preset: Preset
     assert Counter(map(key, cells)) == Counter(expected)
 
 
-def test_the_first_seeds_come_first_and_else_the_presets_order_stays(preset: Preset) -> None:
+def test_each_tasks_first_seed_comes_first_and_else_the_presets_order_stays(preset: Preset) -> None:
     cells = cells_of(preset, TABLES, [], [])
-    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    of_seed = [cell for cell in cells if cell.seed == 0]
-    assert [cell.table for cell in of_seed] == sorted(cell.table for cell in of_seed)
-    assert [cell.adapter for cell in of_seed if cell.table == "table1" and cell.method == "serial"] == [
-        "prefix",
-        "lora",
+    order = list(dict.fromkeys((cell.table, cell.task, cell.adapter, cell.seed) for cell in cells if not cell.at_start))
+    assert order == [
+        ("table1", "rte", "prefix", 0),
+        ("table1", "rte", "lora", 0),
+        ("table1", "copa", "prefix", 3),
+        ("table1", "copa", "lora", 3),
+        ("table4", "rte", "lora", 0),
+        ("table1", "rte", "prefix", 1),
+        ("table1", "rte", "lora", 1),
+        ("table4", "rte", "lora", 1),
     ]
+
+
+def test_a_cell_is_there_once_whoever_asks_for_it_twice(tmp_path: Path) -> None:
+    block = {"model": "tiny", "adapters": ["lora"], "tasks": ["rte"], "methods": ["zero_shot", "centralised"]}
+    preset = preset_of(tmp_path, tables={"table1": [block, {**block, "methods": ["centralised", "serial"]}]})
+    cells = cells_of(preset, ["table1"], [], [0, 0])
+    assert sorted(cell.method for cell in cells) == ["centralised", "serial", "zero_shot"]
 
 
 def test_tables_share_their_runs(preset: Preset) -> None:
@@ -149,10 +160,11 @@ def test_all_methods_learn_from_as_many_examples_of_each_client(clients: int, ba
 
 def test_a_fingerprint_is_of_all_settings_and_of_nothing_else(preset: Preset, tmp_path: Path) -> None:
     job = jobs_of(cells_of(preset, ["table4"], [], []))[0]
-    changed = [{**job.flags, flag: "another"} for flag in job.flags] + [{**job.flags, "data.alpha": 0.1}]
+    changed = [{**job.flags, flag: "another"} for flag in job.flags]
+    changed += [{**job.flags, "data.alpha": 0.1}, {**job.flags, "train.learning_rate": 0.1}]
     others = [Job(**{**vars(job), "flags": flags}) for flags in changed] + [Job(**{**vars(job), "tuning": True})]
-    with_learning_rate = Job(**{**vars(job), "flags": {**job.flags, "train.learning_rate": 0.1}})
-    assert len({each.fingerprint for each in [job, *others[:-1], with_learning_rate]}) == len(others) + 1
+    assert job.fingerprint not in {other.fingerprint for other in others}
+    assert len({other.fingerprint for other in others[:-1]}) == len(changed)
     again = dict(reversed(list(job.flags.items())))
     assert Job(**{**vars(job), "flags": again}).fingerprint == job.fingerprint
     moved = preset_of(tmp_path, tasks={"rte": {"batches": 7, "folder": "elsewhere"}, "copa": {"batches": 4}})
@@ -184,6 +196,9 @@ def test_learning_rates_are_tried_without_the_held_out_data(tmp_path: Path) -> N
     assert rates == [("lora", 0.001), ("lora", 0.003), ("prefix", 0.01)]
     assert len({job.name for job in jobs}) == 3
     assert all(job.tuning and job.method == "centralised" for job in jobs)
+    assert tuning_jobs(preset_of(tmp_path, tuning=tuning), ["rte"]) == jobs
+    with pytest.raises(ConfigError, match="--tasks copa is not tuned; choose of rte"):
+        tuning_jobs(preset_of(tmp_path, tuning=tuning), ["copa"])
     with pytest.raises(ConfigError, match="tries no learning rates"):
         tuning_jobs(preset_of(tmp_path))
     # Held out is the data set's own held-out part; what chooses a rate is a part of what is learnt from.
