@@ -41,11 +41,12 @@ def parse_quickly(arguments: Sequence[str]) -> Config:
     Raises `ConfigError` as `parse` does.
     """
     of_group: dict[str, list[str]] = {field.name: [] for field in fields(Config)}
+    known = set(valid_keys())
     for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
-        group = flag.removeprefix("--").partition(".")[0]
-        if group not in of_group:
-            raise ConfigError(f"unknown key {flag.removeprefix('--')}{suggestion(flag.removeprefix('--'))}")
-        of_group[group] += [flag, value]
+        key = flag.removeprefix("--")
+        if key not in known and not any(each.startswith(f"{key}.") for each in known):
+            raise ConfigError(f"unknown key {key}{suggestion(key)}")  # the parser takes half a key for one
+        of_group[key.partition(".")[0]] += [flag, value]
     return Config(**{name: _group(name, tuple(texts)) for name, texts in of_group.items()})
 
 
@@ -83,6 +84,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Config, Nam
     return Config(**{field.name: groups[field.name] for field in fields(Config)}), namespace
 
 
+@cache
 def valid_keys() -> list[str]:
     """All dotted keys of the configuration."""
     return list(_keys_of(Config))

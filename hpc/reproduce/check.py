@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from hpc.cli import parse_quickly, suggestion, valid_keys
+from hpc.cli import parse_quickly
 from hpc.config import Config
 from hpc.data.folders import FOLDERS, content_of, file_in
 from hpc.errors import ConfigError, DataError
@@ -18,11 +18,9 @@ CLIENT_ID = "{client_id}"
 
 def configs_of(preset: str, flags: Mapping[str, list[str]]) -> dict[str, Config]:
     """Run → its configuration, from its flags. Raises `ConfigError` that names the preset, the key and the run."""
-    known, found = set(valid_keys()), {}
+    found = {}
     for name, given in flags.items():
         try:
-            for key in {flag.removeprefix("--") for flag in given[::2]} - known:  # the parser takes half a key for one
-                require(any(each.startswith(f"{key}.") for each in known), f"unknown key {key}{suggestion(key)}")
             found[name] = parse_quickly(given)
         except ConfigError as error:
             raise ConfigError(f"--preset {preset}: {error} (in the flags of {name})") from None

@@ -20,7 +20,6 @@ from hpc.model.build import ModelBuilder
 from hpc.model.estimate import bytes_of, role_bytes, role_weights
 from hpc.model.pretrained import config_of_shape, load_tokenizer
 from hpc.report.events import read_events, role_path
-from hpc.reproduce import raw
 from hpc.reproduce.assumptions import Assumptions
 from hpc.reproduce.estimate import (
     ModelSize,
@@ -38,6 +37,7 @@ from hpc.reproduce.preset import load_preset
 from hpc.schedule import HandOver, Sync, TrainStep, instructions
 from hpc.source.cut import Cut
 from tests.loopback import run_split
+from tests.unit.reproduce_case import put, raw_of
 from tests.unit.test_lost_clients import peers_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +64,7 @@ def config_of(**groups: Any) -> Config:
     )
 
 
-@pytest.mark.parametrize(
-    ("schedule", "blocks"), [("serial", 1), ("serial", 0), ("client_batch", 1), ("pipelined", 1), ("replica", 1)]
-)
+@pytest.mark.parametrize(("schedule", "blocks"), [("serial", 1), ("serial", 0), ("client_batch", 1), ("replica", 1)])
 def test_a_steps_bytes_are_those_that_a_run_sends(
     schedule: Any, blocks: int, tmp_path: Path, pristine_keys: Path
 ) -> None:
@@ -193,8 +191,7 @@ def test_the_papers_runs_are_listed_without_data_hub_or_a_trace(
     """One of them is done already: with the same settings, or it is none."""
     jobs = jobs_of(cells_of(PAPER, ["table5"], [], []))
     for job, fingerprint in ((jobs[0], jobs[0].fingerprint), (jobs[1], "of other settings")):
-        content = dict.fromkeys(raw.KEYS) | {"format": raw.FORMAT, "fingerprint": fingerprint}
-        raw.write(raw.raw_path(tmp_path, "paper", job), content)
+        put(tmp_path, PAPER, raw_of(PAPER, job, fingerprint=fingerprint))
     before = sorted(tmp_path.rglob("*"))
     flags = ["--preset", "paper", "--data_dir", str(tmp_path / "none"), "--results_dir", str(tmp_path), "--dry_run"]
     assert script.main([what, *flags]) == 0

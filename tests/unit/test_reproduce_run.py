@@ -249,6 +249,7 @@ def test_only_a_run_of_the_same_settings_goes_on_from_its_checkpoint(place: Plac
     bench.run_all(jobs[:1])
     ((_, _, flags, found),) = place.runs
     assert ("--run.resume_from_checkpoint" in flags) == (settings == "the same")
+    assert not list(folder.glob("checkpoint-*")), "a run that is done needs none"
     assert found == (["checkpoint-2"] if settings == "the same" else [])
     assert "resume" not in raw.read(bench.path(jobs[0]))["command"]
 
