@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from hpc.config import Config
 from hpc.errors import DataError
 from hpc.report.events import decode
-from hpc.report.provenance import machine
 from hpc.report.summary import write_json_atomic
 from hpc.reproduce.plan import Job
 
@@ -77,7 +76,7 @@ def record(
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": command,
         "git_commit": summary["git_commit"],
-        "machine": machine(),
+        "machine": summary["machine"],  # of the role that reported, which knows its GPU
         "config": _without_folders(asdict(config)),
     }
 

@@ -239,11 +239,12 @@ def command() -> Iterator[Any]:
     [
         ([], "the following arguments are required: what"),
         (["table9"], "invalid choice: 'table9'.*table1"),
+        (["table3"], "table3, the paper.s inversion attack, is not here yet"),
         (["table1", "--jobs", "0"], "--jobs is 0; it must be at least 1"),
         (["table1", "--jobs", "two"], "invalid int value: 'two'"),
         (["table1", "--seeds", "-1"], r"--seeds is \[-1\]"),
         (["table1", "--seed", "1"], "unrecognized arguments: --seed"),
-        (["table1", "--preset", "smoke", "--tasks", "wic"], "--tasks wic is not in table1; choose of rte, copa"),
+        (["table1", "--preset", "smoke", "--tasks", "xsum"], "--tasks xsum is not in table1; choose of rte, copa"),
         (["table1", "folder"], "table1 folder: a run's folder is for score"),
         (["score"], "score needs the folder of a run"),
         (["score", "/no/such/folder"], r"/no/such/folder has no config\.yaml"),
