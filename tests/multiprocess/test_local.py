@@ -167,7 +167,7 @@ def test_mpi_gives_the_same_bits(losses: list[float], keys: Path, tmp_path: Path
     assert summary["losses"] == losses
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.long), 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(each, marks=pytest.mark.long) for each in range(3)), 3])
 def test_two_trunk_ranks_and_every_zero_stage(
     stage: int, reference: Finished, losses: list[float], keys: Path, tmp_path: Path
 ) -> None:

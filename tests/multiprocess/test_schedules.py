@@ -133,7 +133,11 @@ def test_the_others_go_on_without_a_killed_client(schedule: tuple[str, ...], key
     [
         (("--train.schedule", "replica", *zero(1)), ("ZeRO stage 1", "--train.schedule replica", "--trunk.ranks")),
         (("--train.schedule", "pipelined", *zero(3)), ("ZeRO stage 3", "client_batch")),
-        (("--train.clients_per_round", "5"), ("--train.clients_per_round 5 exceeds --train.clients 2",)),
+        pytest.param(
+            ("--train.clients_per_round", "5"),
+            ("--train.clients_per_round 5 exceeds --train.clients 2",),
+            marks=pytest.mark.long,
+        ),
         (
             (
                 "--train.schedule",
@@ -145,9 +149,15 @@ def test_the_others_go_on_without_a_killed_client(schedule: tuple[str, ...], key
             ),
             ("--trunk.replica_limit_gib is 0.0001", "2 clients"),
         ),
-        (("--train.schedule", "serial", "--train.secure_aggregation", "true"), ("--train.secure_aggregation",)),
-        (("--train.micro_batches", "3"), ("--train.micro_batches 3", "pipelined")),
-        (("--trunk.smashed_cache_mib", "8"), ("--trunk.smashed_cache_mib", "--adapter.parts")),
+        pytest.param(
+            ("--train.schedule", "serial", "--train.secure_aggregation", "true"),
+            ("--train.secure_aggregation",),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(("--train.micro_batches", "3"), ("--train.micro_batches 3", "pipelined"), marks=pytest.mark.long),
+        pytest.param(
+            ("--trunk.smashed_cache_mib", "8"), ("--trunk.smashed_cache_mib", "--adapter.parts"), marks=pytest.mark.long
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(flags: tuple[str, ...], words: Any, keys: Path, tmp_path: Path) -> None:
