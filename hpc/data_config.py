@@ -116,7 +116,7 @@ class DataConfig:
     train_examples: int = 512
     """`ward_notes`: training examples of each client."""
     max_train_examples: int = 0
-    """Training examples of each client at most, the first of its share; 0: all. For trials on a part of a data set."""
+    """Training examples of each client at most, drawn from its share; 0: all. For trials on a part of a data set."""
     val_examples: int = 64
     """Held-out examples of each client (at most; 0: no evaluation)."""
     evaluate_by: Literal["likelihood", "generation"] = "likelihood"

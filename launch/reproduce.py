@@ -57,6 +57,9 @@ def main(argv: list[str]) -> int:
     bench = Bench(
         root=ROOT, results=results.resolve(), data_dir=Path(own.data_dir).resolve(), preset=preset, at_once=own.jobs
     )
+    measures = own.what == "all" and preset.efficiency is not None and not own.tasks and not own.seeds
+    if measures:
+        check_efficiency(own, preset)
     if own.dry_run:
         from hpc.reproduce.dry_run import planned_runs, report
 
@@ -64,7 +67,14 @@ def main(argv: list[str]) -> int:
     else:
         bench.run_all(jobs)
         show(render_preset(results, preset), preset, ["tuning"] if own.what == "tune" else tables)
-    return efficiency(own, preset, argv) if own.what == "all" and preset.efficiency else 0
+    return efficiency(own, preset, argv) if measures else 0
+
+
+def check_efficiency(own: argparse.Namespace, preset: Preset) -> None:
+    """Raises a `BadInput` error, before any run, for what would end the measurement after all of them."""
+    from hpc.reproduce.efficiency import options_of
+
+    options_of(preset, root=ROOT, results=Path(own.results_dir).resolve(), data_dir=Path(own.data_dir).resolve())
 
 
 def efficiency(own: argparse.Namespace, preset: Preset, argv: list[str]) -> int:
@@ -72,6 +82,7 @@ def efficiency(own: argparse.Namespace, preset: Preset, argv: list[str]) -> int:
     from hpc.reproduce.efficiency import efficiency_path, list_efficiency, measure_efficiency
 
     results, data_dir = Path(own.results_dir).resolve(), Path(own.data_dir).resolve()
+    check_efficiency(own, preset)
     if own.dry_run:
         list_efficiency(preset)
     elif own.what == "efficiency" or not efficiency_path(results, preset).exists():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc.config import Config, DataConfig
-from hpc.data import partition
+from hpc.data import partition, seeding
 from hpc.data.folders import file_in
 from hpc.data.hub import hub_records
 from hpc.data.records import CLIENT_ID, examples_of, file_of_client, read_examples
@@ -15,21 +15,29 @@ from hpc.data.ward_notes import Split, ward_notes
 from hpc.data.wording import task_of
 from hpc.errors import DataError
 
+HELD_OUT_SEED = 0
+
 
 def training_examples(config: Config, client_id: int) -> list[Example]:
     """The client's own file, or its share of all clients' data."""
-    most = config.data.max_train_examples or None
     if config.data.partition == "files":
-        return _of_site(config, client_id, "train")[:most]
-    pool = _pool(config, "train")
-    return [pool[index] for index in _shares(config, pool)[client_id][:most]]
+        share = _of_site(config, client_id, "train")
+    else:
+        pool = _pool(config, "train")
+        share = [pool[index] for index in _shares(config, pool)[client_id]]
+    most, n = config.data.max_train_examples, len(share)
+    if not most or n <= most:
+        return share
+    # Drawn, as files are often in some order, and so that another seed learns from other examples.
+    drawn = seeding.permutation(seeding.stream(config.train.seed, "max_train_examples", client_id, n), n)[:most]
+    return [share[index] for index in sorted(drawn)]
 
 
 def held_out_examples(config: Config, client_id: int) -> list[Example]:
     """At most `val_examples` of the client's own file, or of its equal share of a file (or data set) for all.
 
-    Held-out data is dealt evenly also where training data is skewed, so that all clients together score the same set.
-    What belongs together stays so: a question with several answers is there with all of them.
+    Held-out data is dealt evenly also where training data is skewed, and alike whatever the seed, so that all clients
+    together score the same set. What belongs together stays so: a question is there with all of its answers.
     """
     data, train = config.data, config.train
     if not data.evaluates:
@@ -38,9 +46,9 @@ def held_out_examples(config: Config, client_id: int) -> list[Example]:
         return _capped(_of_site(config, client_id, "val"), data.val_examples)
     pool = _pool(config, "val")
     if data.partition == "group" or any(example.question is not None for example in pool):
-        shares = partition.by_group(_groups(data, pool), train.clients, train.seed)
+        shares = partition.by_group(_groups(data, pool), train.clients, HELD_OUT_SEED)
     else:
-        shares = partition.iid(len(pool), train.clients, train.seed)
+        shares = partition.iid(len(pool), train.clients, HELD_OUT_SEED)
     return _capped([pool[index] for index in shares[client_id]], data.val_examples)
 
 
@@ -71,15 +79,22 @@ def _groups(data: DataConfig, pool: Sequence[Example]) -> list[str]:
 
 
 def _capped(examples: list[Example], limit: int) -> list[Example]:
-    """The first ones, without the last question if some of its answers would be missing."""
-    kept, left = examples[:limit], examples[limit:]
-    cut = {example.question for example in left} - {None}
-    whole = [example for example in kept if example.question not in cut]
-    if kept and not whole:
+    """Drawn, alike for every seed, as far as there is room for a whole question each time; in their order."""
+    if len(examples) <= limit:
+        return examples
+    questions: dict[str | int, list[int]] = {}
+    for index, example in enumerate(examples):
+        questions.setdefault(index if example.question is None else example.question, []).append(index)
+    members, kept = list(questions.values()), list[int]()
+    stream = seeding.stream(HELD_OUT_SEED, "val_examples", len(examples))
+    for place in seeding.permutation(stream, len(members)):
+        if len(kept) + len(members[place]) <= limit:
+            kept += members[place]
+    if not kept:
         raise DataError(
             f"--data.val_examples {limit} is less than the answers of one question, which are scored together; raise it"
         )
-    return whole
+    return [examples[index] for index in sorted(kept)]
 
 
 def _pool(config: Config, split: Split) -> list[Example]:

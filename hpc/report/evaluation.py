@@ -55,7 +55,7 @@ def _figures(steps: Steps) -> dict[str, Any]:
     return {
         "accuracy": accuracies[-1][1] if accuracies else None,
         "accuracy_before": _first(accuracies),
-        **_exact_match(list(steps.values())),
+        **_exact_match(steps),
         "loss": losses[-1][1] if losses else None,
         "loss_before": _first(losses),
         "history": accuracies,
@@ -64,18 +64,21 @@ def _figures(steps: Steps) -> dict[str, Any]:
 
 
 def _first(history: Sequence[list[Any]]) -> float | None:
-    """None where the only evaluation is the one at the end."""
-    return history[0][1] if len(history) > 1 or (history and history[0][0] == 0) else None
+    """None where the model was not evaluated before the first step."""
+    return history[0][1] if history and history[0][0] == 0 else None
 
 
-def _exact_match(steps: Sequence[Sequence[Event]]) -> dict[str, float]:
+def _exact_match(steps: Steps) -> dict[str, float]:
     """Share of examples whose decoded answer is the right one; left out unless everybody decoded."""
-    if not steps or any(part.get("matched") is None for parts in steps for part in parts):
+    if not steps or any(part.get("matched") is None for parts in steps.values() for part in parts):
         return {}
-    total = sum(part["total"] for part in steps[-1])
-    before, after = (sum(part["matched"] for part in parts) for parts in (steps[0], steps[-1]))
-    both = {"exact_match": after / total, "exact_match_before": before / total} if total else {}
-    return both if len(steps) > 1 else {key: both[key] for key in both if key == "exact_match"}
+    when = {"exact_match": max(steps), "exact_match_before": 0}
+    total = sum(part["total"] for part in steps[max(steps)])
+    return {
+        name: sum(part["matched"] for part in steps[step]) / total
+        for name, step in when.items()
+        if total and step in steps
+    }
 
 
 def _accuracy(parts: Sequence[Event]) -> float | None:
@@ -96,7 +99,7 @@ def _mean_client(steps: Steps) -> dict[str, float | None]:
     """Unweighted means over the clients that have held-out examples, at the last and the first evaluation."""
     ends = [[part for part in parts if part["total"]] for parts in steps.values()]
     after = ends[-1] if ends else []
-    before = ends[0] if len(ends) > 1 or 0 in steps else []
+    before = ends[0] if 0 in steps else []
     return {
         "mean_client_accuracy": _mean([_accuracy([part]) for part in after]),
         "mean_client_accuracy_before": _mean([_accuracy([part]) for part in before]),

@@ -51,7 +51,7 @@ def options_of(preset: Preset, *, root: Path, results: Path, data_dir: Path) -> 
 
 
 def list_efficiency(preset: Preset, say: Callable[[str], None] = print) -> None:
-    """What would be measured, without starting anything."""
+    """What would be measured, without starting anything. `options_of` says whether it could be."""
     for line in _listed(_wanted(preset)):
         say(line)
 

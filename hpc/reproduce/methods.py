@@ -20,8 +20,14 @@ class Method:
     """A step is one client's batch; otherwise one batch of every client, and a run has as many times fewer steps."""
     reference: str | None = None
     """The uncut training that the row is compared with."""
-    same_function: bool = False
-    """Whether it computes what its reference does, so that nothing may differ."""
+    loss_bound: float | None = None
+    """How far a step's loss may be from the reference's, in parts of the mean loss, where the row computes the same
+    function: 0 where it does so in the same order. None: another algorithm."""
+
+    @property
+    def same_function(self) -> bool:
+        """Whether it computes what its reference does."""
+        return self.loss_bound is not None
 
 
 CENTRALISED = Method(
@@ -40,14 +46,14 @@ SERIAL = Method(
     title="FL-GLM, serial",
     flags={"train.schedule": "serial"},
     reference="centralised",
-    same_function=True,
+    loss_bound=0.0,
 )
 FEDBERT = Method(
     name="fedbert",
     title="FedBERT's cut, serial",
     flags={"train.schedule": "serial", "model.head_blocks": 0, "model.tail_blocks": 0},
     reference="centralised",
-    same_function=True,
+    loss_bound=0.0,
 )
 CLIENT_BATCH = Method(
     name="client_batch",
@@ -55,7 +61,7 @@ CLIENT_BATCH = Method(
     flags={"train.schedule": "client_batch"},
     by_client=False,
     reference="centralised_union",
-    same_function=True,
+    loss_bound=1e-3,  # sums over clients are taken in another order, and training makes more of that
 )
 REPLICA = Method(
     name="replica",

@@ -13,7 +13,18 @@ from hpc.errors import ConfigError
 from hpc.reproduce.methods import CENTRALISED, METHODS, ZERO_SHOT, Method
 from hpc.reproduce.preset import Block, Preset
 
-DATA_DIR = "data.data_dir"
+# What the plan itself says of each run; and who takes part in a step is the methods'.
+OWNED = {
+    "data.task",
+    "data.save_predictions",
+    "train.seed",
+    "train.max_steps",
+    "train.rounds",
+    "train.schedule",
+    "train.order",
+    "train.eval_before",
+    "train.clients_per_round",
+}
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -120,7 +131,8 @@ def _cells_of_task(preset: Preset, table: str, block: Block, task: str, seed: in
     for adapter in block.adapters:
         for method in block.methods:
             zero = method == ZERO_SHOT
-            # Before its first step a LoRA adapter changes nothing; a prefix does. The seed has no say in it either.
+            # Before its first step a LoRA adapter changes nothing; a prefix does. The seed has no say in it either, as
+            # held-out examples are the same for all.
             if zero and (adapter != _starts_as_published(preset, block) or seed != preset.tasks[task].seeds[0]):
                 continue
             trained = METHODS["centralised" if zero else method]
@@ -153,15 +165,21 @@ def _flags(preset: Preset, model: str, adapter: str, task: str | None = None) ->
 def _job(
     preset: Preset, model: str, task: str, adapter: str, method: Method, seed: int, *, rate: float | None = None
 ) -> Job:
-    plan = preset.tasks[task]
+    plan, given = preset.tasks[task], _flags(preset, model, adapter, task)
+    if owned := sorted(OWNED & given.keys()):
+        raise ConfigError(
+            f"--preset {preset.name}: {owned[0]} is not for flags: tasks, methods, batches and seeds say it; "
+            "leave it out"
+        )
     flags = {
         "data.task": task,
-        **_flags(preset, model, adapter, task),
+        **given,
         **method.flags,
         "train.seed": seed,
         "data.save_predictions": True,
     }
-    flags["train.max_steps"] = _rounds(preset, task, flags) * (_clients(preset, flags) if method.by_client else 1)
+    turns = _rounds(preset, task, flags)
+    flags["train.max_steps"] = turns * (_clients(preset, flags) if method.by_client else 1)
     # The uncut model tells how good it is untrained; what it tells would be the same in the other rows.
     zero_shot = method is CENTRALISED and _leaves_as_it_is(flags) and rate is None
     flags["train.eval_before"] = zero_shot and seed == plan.seeds[0]
@@ -173,14 +191,16 @@ def _job(
 
 
 def _rounds(preset: Preset, task: str, flags: Mapping[str, Any]) -> int:
-    """How often each client's turn comes: so that all methods learn from as many examples, whoever works at once."""
+    """Batches of each client: whole turns, so that all methods learn from as many examples of each."""
     batches, clients = preset.tasks[task].batches, _clients(preset, flags)
-    if batches < clients:
+    turn = flags.get("train.sync_every", TrainConfig().sync_every)
+    rounds = batches // (clients * turn) * turn
+    if rounds < 1:
         raise ConfigError(
-            f"--preset {preset.name}: tasks.{task}.batches is {batches}, less than one for each of {clients} clients "
-            "(train.clients); raise it"
+            f"--preset {preset.name}: tasks.{task}.batches is {batches}, less than one turn of {turn} "
+            f"(train.sync_every) for each of {clients} clients (train.clients); raise it"
         )
-    return batches // clients
+    return int(rounds)
 
 
 def _clients(preset: Preset, flags: Mapping[str, Any]) -> int:

@@ -31,6 +31,7 @@ KINDS: Mapping[str, type | tuple[type, ...]] = {
     "losses": list,
     "command": str,
     "git_commit": (str, type(None)),
+    "data_sha256": (str, type(None)),
 }
 """What a table is made from."""
 
@@ -40,12 +41,12 @@ def raw_path(results: Path, preset: str, job: Job) -> Path:
 
 
 def record(
-    job: Job, preset: str, scale: str, config: Config, folder: Path, *, command: str, seconds: float
+    job: Job, preset: str, scale: str, config: Config, folder: Path, *, command: str, seconds: float, data: str | None
 ) -> dict[str, Any]:
     """The content of the file, from a finished run's folder. Raises `DataError` where the run has not finished."""
     from hpc.reproduce.score import score_run  # with torch, which who only reads these files can do without
 
-    summary = read_json(folder / "summary.json")
+    summary = decode(read_json(folder / "summary.json"))
     steps = int(summary["steps"])
     after = score_run(folder, config, steps)
     before = score_run(folder, config, 0) if config.train.eval_before else None
@@ -62,7 +63,8 @@ def record(
         "seed": job.seed,
         "tuning": job.tuning,
         "fingerprint": job.fingerprint,
-        "flags": dict(job.flags),
+        "data_sha256": data,
+        "flags": without_folders(dict(job.flags)),
         "metrics": after.metrics,
         "metrics_before": None if before is None else before.metrics,
         "examples": after.examples,
@@ -77,7 +79,7 @@ def record(
         "command": command,
         "git_commit": summary["git_commit"],
         "machine": summary["machine"],  # of the role that reported, which knows its GPU
-        "config": _without_folders(asdict(config)),
+        "config": _without_places(asdict(config)),
     }
 
 
@@ -142,8 +144,16 @@ def _predictions(scored: Scored) -> dict[str, Any]:
     return {"sha256": scored.digest, "chosen": scored.chosen if known else None}
 
 
-def _without_folders(content: dict[str, Any]) -> dict[str, Any]:
-    """Where data, keys and results lie is this machine's business."""
+def without_folders(content: Any) -> Any:
+    """Of an absolute path its last part: which folders this machine has is nobody's business."""
+    if isinstance(content, dict):
+        return {key: without_folders(value) for key, value in content.items()}
+    return Path(content).name if isinstance(content, str) and content.startswith("/") else content
+
+
+def _without_places(content: dict[str, Any]) -> dict[str, Any]:
+    """Where data, keys and results lie says nothing about a run."""
     content["data"]["data_dir"] = content["data"]["train_file"] = content["data"]["val_file"] = None
     content["run"]["output_dir"] = content["link"]["keys_dir"] = None
-    return content
+    cleaned: dict[str, Any] = without_folders(content)
+    return cleaned

@@ -53,6 +53,8 @@ def render_preset(results: Path, preset: Preset, say: Callable[[str], None] = pr
         for name, text in texts.items():
             with _draft(results / "tables" / name) as draft:
                 draft.write_text(text, encoding="utf-8")
+        for name in every_page(preset) - texts.keys():
+            (results / "tables" / name).unlink(missing_ok=True)  # of runs that are gone, or are to be done again
         return [results / "tables" / name for name in texts] + _figures(results, preset, tables)
 
 
@@ -81,6 +83,12 @@ def pages(preset: Preset, tables: Mapping[str, Sequence[Row]], runs: Runs) -> di
     return found
 
 
+def every_page(preset: Preset) -> set[str]:
+    """Names of all files in `tables/` that a preset may have."""
+    tables = {f"{table}-{preset.name}.{ending}" for table in preset.tables for ending in ("md", "csv")}
+    return tables | {f"tuning-{preset.name}.md"}
+
+
 def _figures(results: Path, preset: Preset, tables: dict[str, list[Row]]) -> list[Path]:
     rows = [row for each in tables.values() for row in each]
     drawn = []
@@ -89,6 +97,8 @@ def _figures(results: Path, preset: Preset, tables: dict[str, list[Row]]) -> lis
         with _draft(path) as draft:
             if draw(rows, preset.scale, draft):
                 drawn.append(path)
+            else:
+                path.unlink(missing_ok=True)
     return drawn
 
 

@@ -38,6 +38,8 @@ class Result:
     """Equal digests: equal predictions."""
     losses: Sequence[float]
     """Of the training steps; none of a model as it was before training."""
+    data: str | None = None
+    """SHA-256 of the files that it learnt from and was scored on."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -45,8 +47,8 @@ class Comparison:
     """A row against its reference, over the seeds that both have."""
 
     reference: str
-    same_function: bool
-    """Whether nothing may differ but the order of sums."""
+    loss_bound: float | None
+    """See `Method.loss_bound`."""
     differences: Mapping[str, Sequence[float]]
     """Metric → one's own less the reference's, a seed each."""
     equal: Sequence[bool]
@@ -57,9 +59,10 @@ class Comparison:
     """The same in parts of the mean of the reference's losses: a single step's may be next to nothing."""
 
     @property
-    def is_equal(self) -> bool:
-        """Whether every metric is exactly the reference's, and every prediction, in every seed."""
-        return all(self.equal) and not any(map(any, self.differences.values()))
+    def is_kept(self) -> bool:
+        """Whether metrics and predictions are exactly the reference's in every seed, and losses within the bound."""
+        alike = all(self.equal) and not any(map(any, self.differences.values()))
+        return alike and self.loss_bound is not None and self.relative_loss <= self.loss_bound
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -122,9 +125,10 @@ def rows_of(preset: Preset, table: str, runs: Runs) -> list[Row]:
 
 
 def compare(results: Sequence[Result], others: Sequence[Result], method: str) -> Comparison | None:
-    """With the results of the method's reference; `None` where there is none, or no seed has both."""
-    by_seed = {other.seed: other for other in others}
-    pairs = [(result, by_seed[result.seed]) for result in results if result.seed in by_seed]
+    """With the results of the method's reference on the same data; `None` where no seed has both."""
+    by_seed = {(other.seed, other.data): other for other in others}
+    keys = [(result.seed, result.data) for result in results]
+    pairs = [(result, by_seed[key]) for key, result in zip(keys, results, strict=True) if key in by_seed]
     reference = METHODS[method].reference if method in METHODS else None
     if not pairs or reference is None:
         return None
@@ -133,7 +137,7 @@ def compare(results: Sequence[Result], others: Sequence[Result], method: str) ->
     means = [fmean(other.losses) or math.nan for _, other in pairs]
     return Comparison(
         reference=reference,
-        same_function=METHODS[method].same_function,
+        loss_bound=METHODS[method].loss_bound,
         differences={name: [one.metrics[name] - other.metrics[name] for one, other in pairs] for name in names},
         equal=[one.digest == other.digest for one, other in pairs],
         loss=_largest(losses),
@@ -168,6 +172,7 @@ def _result(cell: Cell, raw: Raw) -> Result:
         examples=raw["examples"],
         digest=raw[f"predictions{when}"]["sha256"],
         losses=() if cell.at_start else raw["losses"],
+        data=raw["data_sha256"],
     )
 
 

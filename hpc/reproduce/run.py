@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import shlex
 import shutil
 import sys
@@ -18,6 +19,7 @@ from typing import IO, Any
 import yaml
 
 from hpc.config import Config
+from hpc.data.folders import file_in
 from hpc.errors import BadInput, DataError, HpcError, Paused
 from hpc.link.identity import ensure_local
 from hpc.preflight import check_folder
@@ -61,6 +63,7 @@ class Bench:
     _given: dict[str, list[str]] = field(default_factory=dict)
     """Run → its flags; once, as a part of the data may have to be written for them."""
     _configs: dict[str, Config] = field(default_factory=dict)
+    _digests: dict[str, str | None] = field(default_factory=dict)
     _processes: Processes = field(default_factory=Processes)
 
     @property
@@ -72,11 +75,24 @@ class Bench:
         return raw.raw_path(self.results, self.preset.name, job)
 
     def is_done(self, job: Job) -> bool:
-        """Whether the job's file is there, whole, and of the same settings."""
+        """Whether the job's file is there, whole, of the same settings, and of the data that is here (if there is)."""
         try:
-            return self.path(job).exists() and raw.read(self.path(job))["fingerprint"] == job.fingerprint
+            found = raw.read(self.path(job)) if self.path(job).exists() else {}
         except BadInput:
             return False
+        return found.get("fingerprint") == job.fingerprint and self.digest(job) in (None, found["data_sha256"])
+
+    def digest(self, job: Job) -> str | None:
+        """Of the files that a task is learnt from and scored on; None where they are not here, or not in a folder."""
+        if job.task not in self._digests:
+            try:
+                folder = folder_of(self.data_dir, self.preset.tasks[job.task].folder, job.task)
+                files = [file_in(folder, job.task, split) for split in ("train", "val")]
+                found = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files))
+                self._digests[job.task] = found.hexdigest()
+            except (BadInput, OSError):
+                self._digests[job.task] = None
+        return None if OWN_SOURCE & job.flags.keys() else self._digests[job.task]
 
     def run_all(self, jobs: Sequence[Job]) -> None:
         """Every job that is not done, some at once. What another process is at is waited for, or done if that one dies.
@@ -148,20 +164,25 @@ class Bench:
 
     def _record(self, job: Job, flags: list[str], folder: Path, seconds: float) -> dict[str, Any]:
         command = shlex.join(["python", SCRIPT, *self._without_folders(flags)])
-        config, preset = self._configs[job.name], self.preset
+        config, preset, data = self._configs[job.name], self.preset, self.digest(job)
         try:
-            return raw.record(job, preset.name, preset.scale, config, folder, command=command, seconds=seconds)
+            return raw.record(
+                job, preset.name, preset.scale, config, folder, command=command, seconds=seconds, data=data
+            )
         except DataError as error:
             raise RunFailed(f"{job.name} ended well, but {error} (its output: {_beside(folder, 'log')})") from None
 
     def _start(self, job: Job, flags: list[str], folder: Path, lock: IO[str]) -> bool:
         """Run to the end; False if this command is ended meanwhile. The run holds the lock, in case it survives us."""
         log, settings = _beside(folder, "log"), _beside(folder, "settings")
-        if _can_go_on(folder, settings, job):
+        told = f"{job.fingerprint} {self.digest(job)}"
+        if _is_of(settings, told) and (folder / "summary.json").exists():
+            return True  # it ended after the command that started it did
+        if _is_of(settings, told) and any(folder.glob("checkpoint-*/manifest.json")):
             flags = [*flags, "--run.resume_from_checkpoint", "latest"]
         else:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off, or of other settings
-            settings.write_text(job.fingerprint, encoding="utf-8")
+            settings.write_text(told, encoding="utf-8")
         code = self._processes.run([sys.executable, str(self.root / SCRIPT), *flags], log, hand_down=lock.fileno())
         if code and not self._processes.ended:
             raise RunFailed(f"{job.name} ended with exit code {code}: {_last_line(log)} (all of it: {log})", code)
@@ -194,16 +215,18 @@ class Bench:
 
     def _without_folders(self, flags: list[str]) -> list[str]:
         """The command as somebody else would type it, who has the data in `data`."""
-        here = {str(self.data_dir): "data", str(self.results): "results"}
+        here = {self.data_dir: Path("data"), self.results: Path("results")}
         for folder, name in here.items():
-            flags = [name + flag.removeprefix(folder) if flag.startswith(f"{folder}/") else flag for flag in flags]
-        return flags
+            flags = [
+                str(name / Path(flag).relative_to(folder)) if Path(flag).is_relative_to(folder) else flag
+                for flag in flags
+            ]
+        return [raw.without_folders(flag) for flag in flags]
 
 
-def _can_go_on(folder: Path, settings: Path, job: Job) -> bool:
-    """Whether a run of these very settings stopped at a checkpoint."""
-    stopped = any(folder.glob("checkpoint-*/manifest.json")) and not (folder / "summary.json").exists()
-    return stopped and settings.is_file() and settings.read_text(encoding="utf-8") == job.fingerprint
+def _is_of(settings: Path, told: str) -> bool:
+    """Whether what lies there is of these very settings and data."""
+    return settings.is_file() and settings.read_text(encoding="utf-8") == told
 
 
 def _drop_checkpoints(folder: Path) -> None:

@@ -13,9 +13,9 @@ from hpc.config import Config
 from hpc.data.templates import Task
 from hpc.data.wording import task_of
 from hpc.errors import DataError
-from hpc.metrics.labels import parse_label
+from hpc.metrics.labels import parse_label, unparsed
 from hpc.metrics.multirc import Answer
-from hpc.metrics.table import LABELS, METRICS, MULTIRC, OF_LANGUAGE, RECORD, Metrics, metrics_of
+from hpc.metrics.table import LABELS, METRICS, MULTIRC, OF_LANGUAGE, RECORD, UNPARSED, Metrics, metrics_of
 from hpc.predictions import predictions_path
 
 Line = dict[str, Any]
@@ -66,10 +66,13 @@ def score(lines: Sequence[Line], config: Config) -> Scored:
         yes = task.verbalisers[0].strip()
         answers = [Answer(question=line["question"], correct=line["right"] == [yes]) for line in lines]
         found = metrics.score([None if text is None else text == yes for text in texts], answers)
+    elif metrics is RECORD:  # any text has its share of words in common with the right one
+        said = [line["decoded"] for line in lines] if decodes else texts
+        found = {**metrics.score(said, [line["right"] for line in lines]), UNPARSED: unparsed(texts)}
     else:
-        found = metrics.score(texts, [line["right"] if metrics is RECORD else line["right"][0] for line in lines])
-    said = [[index, line["decoded"]] for line, index in zip(lines, chosen, strict=True)]
-    digest = hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+        found = metrics.score(texts, [line["right"][0] for line in lines])
+    answered = [[index, line["decoded"]] for line, index in zip(lines, chosen, strict=True)]
+    digest = hashlib.sha256(json.dumps(answered, ensure_ascii=False).encode()).hexdigest()
     return Scored(metrics=found, examples=len(lines), chosen=chosen, digest=digest)
 
 

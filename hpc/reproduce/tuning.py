@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import nan
+from math import inf, isnan, nan
 from statistics import fmean
 
 from hpc.bench.markdown import table as markdown
@@ -20,9 +20,10 @@ from hpc.reproduce.rows import Runs
 
 RATE = "train.learning_rate"
 HOW = (
-    "Loss on held-out examples (nats a label token) of centralised training, seed 0. Four of five records of a task's "
-    "training data teach and the fifth judges; what the tables are scored on is not looked at. A rate is chosen for "
-    "each adapter by its mean over the tasks, and all methods use it."
+    "Loss on held-out examples (nats a label token) of centralised training, seed 0. A task's training file is divided "
+    "in five: examples from four parts teach, examples from the fifth judge, as many as the last columns say; what the "
+    "tables are scored on is not looked at. A rate is chosen for each adapter by its mean over the tasks, and all "
+    "methods use it."
 )
 
 
@@ -63,7 +64,7 @@ def tried(preset: Preset, runs: Runs) -> list[Tried]:
 def best(rates: Sequence[Tried], adapter: str) -> Tried | None:
     """The lowest mean loss of an adapter's rates; `None` while one of them is not known."""
     own = [(each.mean, each) for each in rates if each.adapter == adapter]
-    known = [(mean, each) for mean, each in own if mean is not None]
+    known = [(inf if isnan(mean) else mean, each) for mean, each in own if mean is not None]
     return min(known, key=lambda pair: pair[0])[1] if known and len(known) == len(own) else None
 
 

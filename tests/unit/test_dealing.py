@@ -179,6 +179,11 @@ def test_at_most_so_many_of_each_share_are_trained_on(tmp_path: Path, partition:
         config = dealt(tmp_path / str(client), "jsonl", numbered("jsonl", 48))
     config = replace(config, data=replace(config.data, data_dir=str(tmp_path / "{client_id}"), partition=partition))
     capped = replace(config, data=replace(config.data, max_train_examples=7))
-    for whole, share in zip(shares_of(config), shares_of(capped), strict=True):
-        assert share == whole[:7]
-        assert len(whole) > 7
+    another = replace(capped, train=replace(config.train, seed=config.train.seed + 1))
+    for examples, drawn in zip(shares_of(config), shares_of(capped), strict=True):
+        whole, share = [example.where for example in examples], [example.where for example in drawn]
+        assert len(whole) > len(share) == 7
+        assert share == [where for where in whole if where in share]
+        assert share not in (whole[:7], whole[-7:])
+    if partition == "files":  # where the shares are the same whatever the seed
+        assert shares_of(another) != shares_of(capped)

@@ -108,3 +108,11 @@ def test_centralised_tells_every_clients_held_out_loss() -> None:
     rows = [{**evaluation(0, 1, 2, float(k + 1), 2), "client_id": k} for k in (0, 1)]
     found = figures({"centralised": rows}, schedule="centralised")
     assert (found["loss"], found["per_client"]["client-1"]["loss"], found["mean_client_loss"]) == (0.75, 1.0, 0.75)
+
+
+def test_what_was_scored_on_the_way_is_not_how_it_began() -> None:
+    events = {"client-0": [{**evaluation(step, step, 8, 4.0, 8), "matched": 1} for step in (2, 4)]}
+    found = figures(events, clients=1)
+    assert (found["accuracy"], found["loss"], found["exact_match"]) == (0.5, 0.5, 1 / 8)
+    assert found["accuracy_before"] is found["loss_before"] is found["mean_client_loss_before"] is None
+    assert "exact_match_before" not in found

@@ -229,3 +229,24 @@ def test_every_run_of_a_shipped_preset_is_a_configuration(name: str, tmp_path: P
         assert config.train.max_steps == job.flags["train.max_steps"]
         assert config.data.save_predictions
         assert config.model.name_or_path == preset.models[job.model]["model.name_or_path"]
+
+
+@pytest.mark.parametrize("key", ["train.seed", "train.max_steps", "train.schedule", "train.clients_per_round"])
+def test_what_the_plan_says_itself_is_no_flag(key: str, tmp_path: Path) -> None:
+    preset = preset_of(tmp_path, common={"train.clients": 2, key: 1})
+    with pytest.raises(ConfigError, match=f"--preset mine: {key} is not for flags"):
+        cells_of(preset, ["table1"], [], [])
+
+
+def test_turns_are_whole(tmp_path: Path) -> None:
+    block = {"model": "tiny", "adapters": ["lora"], "tasks": ["rte"], "methods": list(METHODS)}
+
+    def preset(batches: int) -> Preset:
+        tasks = {"rte": {"batches": batches}}
+        common = {"train.clients": 2, "train.sync_every": 3}
+        return preset_of(tmp_path, common=common, tasks=tasks, tables={"table1": [block]})
+
+    steps = {job.method: job.flags["train.max_steps"] for job in jobs_of(cells_of(preset(19), ["table1"], [], [0]))}
+    assert (steps["serial"], steps["client_batch"]) == (18, 9)
+    with pytest.raises(ConfigError, match=r"batches is 5, less than one turn of 3 .* for each of 2 clients"):
+        cells_of(preset(5), ["table1"], [], [])

@@ -50,7 +50,8 @@ for client in range(2):
         if not wish.get("silent"):
             path.write_text(json.dumps(line) + "\\n")
 more = ("step_seconds", "seconds_per_step", "link_bytes_per_step", "peak_rss_mib", "parameters", "versions")
-summary = {"steps": steps, "eval": {"loss": 1.0, "loss_before": 2.0}, "losses": [1.0] * steps, "git_commit": None}
+summary = {"steps": steps, "eval": {"loss": 1.0, "loss_before": 2.0}, "losses": [1.0] * steps}
+summary |= {"git_commit": None, "machine": {}}
 (folder / "summary.json").write_text(json.dumps({**summary, **dict.fromkeys(more, {})}))
 """
 BLOCK = {"model": "tiny", "adapters": ["lora"], "tasks": ["rte"], "methods": ["centralised", "centralised_union"]}
@@ -131,8 +132,24 @@ def test_a_broken_result_is_made_again(place: Place) -> None:
     text = bench.path(jobs[0]).read_text()
     bench.path(jobs[0]).write_text(text[: len(text) // 2])
     place.bench()[0].run_all(jobs)
-    assert place.names[2:] == [ONE]
+    assert place.names[2:] == []  # what the run left is still there
     assert raw.read(bench.path(jobs[0]))["fingerprint"] == jobs[0].fingerprint
+    bench.path(jobs[0]).write_text("{}")
+    shutil.rmtree(bench.folder / ONE)
+    place.bench()[0].run_all(jobs)
+    assert place.names[2:] == [ONE]
+
+
+def test_other_data_is_another_result(place: Place) -> None:
+    bench, jobs = place.bench()
+    bench.run_all(jobs)
+    (path,) = place.folder.rglob("val.jsonl")
+    write_lines(path, *[RECORDS["rte"]] * 9)
+    assert not any(place.bench()[0].is_done(job) for job in jobs)
+    place.bench()[0].run_all(jobs)
+    assert len(place.names) == 4
+    path.unlink()
+    assert all(place.bench()[0].is_done(job) for job in jobs)  # nobody can tell without
 
 
 def test_a_run_that_fails_says_why_and_ends_the_others(place: Place) -> None:
@@ -245,7 +262,8 @@ def test_only_a_run_of_the_same_settings_goes_on_from_its_checkpoint(place: Plac
     folder = bench.folder / ONE
     (folder / "checkpoint-2").mkdir(parents=True)
     (folder / "checkpoint-2" / "manifest.json").write_text("{}")
-    (bench.folder / f"{ONE}.settings").write_text(jobs[0].fingerprint if settings == "the same" else "others")
+    told = f"{jobs[0].fingerprint} {bench.digest(jobs[0])}"
+    (bench.folder / f"{ONE}.settings").write_text(told if settings == "the same" else "others")
     bench.run_all(jobs[:1])
     ((_, _, flags, found),) = place.runs
     assert ("--run.resume_from_checkpoint" in flags) == (settings == "the same")
