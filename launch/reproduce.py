@@ -132,6 +132,8 @@ def checked(own: argparse.Namespace) -> argparse.Namespace:
         raise ConfigError(f"{own.what} {own.run}: a run's folder is for score; give flags with --")
     if own.what == "score" and own.run is None:
         raise ConfigError("score needs the folder of a run, as --run.output_dir named it")
+    if own.what in ("efficiency", "render", "score") and (own.tasks or own.seeds):
+        raise ConfigError(f"{own.what} is of no single task or seed; leave out --{'tasks' if own.tasks else 'seeds'}")
     if own.jobs < 1:
         raise ConfigError(f"--jobs is {own.jobs}; it must be at least 1")
     if any(seed < 0 for seed in own.seeds):

@@ -15,7 +15,7 @@ COLUMNS = (
     "task",
     "seeds",
     "clients",
-    "training examples a client",
+    "training examples a client, at most",
     "batches",
     "examples a batch",
     "prompt / answer, tokens",
@@ -46,7 +46,7 @@ def origin(raws: Sequence[Raw], command: str) -> list[str]:
 
 
 def model_of(raws: Iterable[Raw]) -> str:
-    """Name, number format and cut, as the runs were told."""
+    """Name and number format, as the runs were told."""
     models = [raw["config"]["model"] for raw in raws]
     return joined(f"{model['name_or_path']}, {model['dtype']}" for model in models)
 

@@ -246,6 +246,7 @@ def command() -> Iterator[Any]:
         (["table1", "--seed", "1"], "unrecognized arguments: --seed"),
         (["table1", "--preset", "smoke", "--tasks", "xsum"], "--tasks xsum is not in table1; choose of rte, copa"),
         (["table1", "folder"], "table1 folder: a run's folder is for score"),
+        (["efficiency", "--tasks", "rte"], "efficiency is of no single task or seed; leave out --tasks"),
         (["score"], "score needs the folder of a run"),
         (["score", "/no/such/folder"], r"/no/such/folder has no config\.yaml"),
     ],
