@@ -46,6 +46,8 @@ def command(place: Path) -> list[str]:
 
 def started(place: Path) -> subprocess.Popen[str]:
     given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    # Tests that a shell runs in its background ignore SIGINT, and so would what they start.
+    given["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command(place), env=clean_environment(), start_new_session=True, **given)
 
 
