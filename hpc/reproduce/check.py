@@ -32,9 +32,14 @@ def check_configs(configs: Iterable[Config]) -> None:
     models = {repr((each.model, each.adapter, each.trunk, each.train.schedule)): each for each in configs}
     for each in models.values():
         check(each, coordinates=False)
-    data = {repr((each.data, each.train.clients, each.model.name_or_path)): each for each in configs}
+    data = {repr((each.data, each.train.clients, each.model.name_or_path, _draw(each))): each for each in configs}
     for each in data.values():
         _check_data(each)
+
+
+def _draw(config: Config) -> int:
+    """Where training examples are drawn, each seed has others; else all of them are seen, whatever the seed."""
+    return config.train.seed if config.data.max_train_examples else 0
 
 
 def _check_data(config: Config) -> None:
