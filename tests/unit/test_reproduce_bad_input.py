@@ -199,6 +199,24 @@ def test_a_question_that_does_not_fit_is_named_before_the_first_run(data: Path, 
     assert said.startswith(f"copa, {data}/COPA/train.jsonl:")
 
 
+@pytest.mark.parametrize("place", [0, 7])
+def test_whichever_example_a_seed_draws_it_is_checked_before_the_first_run(
+    data: Path, tmp_path: Path, place: int
+) -> None:
+    """One of each client's four is drawn; over ten seeds each of them is."""
+    long = {**RECORDS["copa"], "premise": "long " * 60}
+    records = [long if number == place else RECORDS["copa"] for number in range(8)]
+    write_lines(data / "COPA" / "train.jsonl", *records)
+    flags = {"data.max_source_length": 150, "data.max_train_examples": 1}
+    tasks = {"rte": {"batches": 4}, "copa": {"batches": 4, "seeds": list(range(10)), "flags": flags}}
+    refused(
+        tmp_path,
+        f"COPA/train.jsonl:{place + 1}.*more than",
+        tasks=tasks,
+        tables={"table1": [{**BLOCK, "tasks": ["copa"]}]},
+    )
+
+
 def test_results_that_cannot_be_written_are_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
     refused(tmp_path, "--results_dir .*a file is a file; give a folder", results="a file")
