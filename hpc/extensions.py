@@ -7,7 +7,6 @@ decides who builds.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -18,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hpc.errors import HpcError
+from hpc.files import try_lock
 from hpc.source.cache import cache_root
 
 FOLDER = "TORCH_EXTENSIONS_DIR"  # PyTorch's own variable
@@ -72,10 +72,8 @@ def _only_one(folder: Path) -> Iterator[bool]:
     with file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                pass
+                if try_lock(file):
+                    break
             except OSError as error:  # some network file systems
                 _log.warning("%s has no locks (%s): if another process was killed here, delete its lock", folder, error)
                 yield False

@@ -14,8 +14,9 @@ from typing import Any
 
 from hpc.bench.suite import SUITES, Measured, Raw, Suite, load_suite
 from hpc.config import Config
+from hpc.files import drafted
 from hpc.report.events import decode
-from hpc.report.provenance import git_commit, machine, versions
+from hpc.report.provenance import git_commit, machine, versions, without_folders
 from hpc.report.summary import write_json_atomic
 
 RESULTS = Path("results")
@@ -81,9 +82,8 @@ def render_one(results: Path, name: str) -> list[Path]:
     for path in (*texts, figure):
         path.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
+        with drafted(path) as draft:
+            draft.write_text(text, encoding="utf-8")
     return [*texts, suite.draw(raw, figure)]
 
 
@@ -101,13 +101,3 @@ def provenance(config: Config, arguments: Sequence[str], *, script: str = "launc
         },
         "versions": versions(),
     }
-
-
-def without_folders(argument: str) -> str:
-    """An absolute path as seen from here, or its last part: a raw file tells nothing of this machine's folders."""
-    flag, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
-    path = Path(value)
-    if not path.is_absolute():
-        return argument
-    here = Path.cwd()
-    return flag + equals + (str(path.relative_to(here)) if path.is_relative_to(here) else path.name)

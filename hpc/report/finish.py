@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc.config import Config
+from hpc.files import drafted
 from hpc.report.events import FILE_NAME, Event, current_attempt, encode, read_events, role_files
 from hpc.report.plots import plot_all
 from hpc.report.provenance import git_commit, machine
@@ -74,8 +74,6 @@ def merge_events(events_by_role: Mapping[str, Sequence[Event]], path: Path) -> N
         for place, events in enumerate(events_by_role.values())
         for number, event in enumerate(current_attempt(events))
     ]
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as file:
+    with drafted(path) as draft, draft.open("w", encoding="utf-8") as file:
         for *_, event in sorted(rows, key=lambda row: row[:3]):
             file.write(json.dumps(encode(event), allow_nan=False) + "\n")
-    os.replace(draft, path)

@@ -89,3 +89,15 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def without_folders(text: str) -> str:
+    """An absolute path, also behind `--flag=`, as seen from here, or its last part: which folders this machine has is
+    nobody's business.
+    """
+    flag, equals, value = text.rpartition("=") if text.startswith("--") else ("", "", text)
+    path = Path(value)
+    if not path.is_absolute():
+        return text
+    here = Path.cwd()
+    return flag + equals + (str(path.relative_to(here)) if path.is_relative_to(here) else path.name)

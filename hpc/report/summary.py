@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.config import Config
+from hpc.files import drafted
 from hpc.report.evaluation import evaluation_figures
 from hpc.report.events import Event, current_attempt, encode, role_order
 from hpc.report.incidents import incident_figures
@@ -64,13 +65,10 @@ def summarise(
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
     """Write `obj` so that a reader, or a crash, meets the old file or the new one, never half of one."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as file:
+    with drafted(Path(path)) as draft, draft.open("w", encoding="utf-8") as file:
         file.write(json.dumps(encode(obj), indent=2, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def _described(config: Config, events: EventsByRole) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hpc.bench.results import named, provenance, raw_path, render_one, save
 from hpc.bench.suite import Options, load_suite
 from hpc.cli import make_parser, parse
 from hpc.errors import ConfigError
-from hpc.reproduce.preset import FOLDERS, Efficiency, Preset
+from hpc.reproduce.preset import Efficiency, Preset
 from hpc.reproduce.run import as_flag
 
 NAME, SCRIPT = "efficiency", "launch/reproduce.py"
@@ -38,7 +38,8 @@ def options_of(preset: Preset, *, root: Path, results: Path, data_dir: Path) -> 
     flags = [text for key, value in wanted.flags.items() for text in (f"--{key}", as_flag(value))]
     task = str(wanted.flags.get("data.task", "ward_notes"))
     if task != "ward_notes":
-        flags += ["--data.data_dir", str(data_dir / FOLDERS.get(task, task)), "--data.partition", "iid"]
+        # A run finds its task's folder in there by itself.
+        flags += ["--data.data_dir", str(data_dir), "--data.partition", "iid"]
     flags += ["--train.clients", str(wanted.clients)]
     return Options(
         config=parse(make_parser(str(__doc__)), flags)[0],

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from hpc.data.folders import FOLDERS
 from hpc.data.templates import FORMATS
 from hpc.errors import ConfigError
 from hpc.reproduce import sections
@@ -96,19 +97,6 @@ class Preset:
     shapes: Mapping[str, Flags] = field(default_factory=dict)
 
 
-FOLDERS = {
-    "boolq": "superglue/BoolQ",
-    "cb": "superglue/CB",
-    "copa": "superglue/COPA",
-    "multirc": "superglue/MultiRC",
-    "record": "superglue/ReCoRD",
-    "rte": "superglue/RTE",
-    "wic": "superglue/WiC",
-    "wsc": "superglue/WSC",
-}
-"""Task → its folder, where that has another name than the task."""
-
-
 def load_preset(name: str, folder: Path) -> Preset:
     """The preset `name` of `folder`, or the YAML file of that name. Raises `ConfigError`."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
@@ -170,7 +158,7 @@ def _task(name: str, content: object, seeds: tuple[int, ...]) -> TaskPlan:
         batches=sections.at_least_one(plan["batches"], f"{where}.batches"),
         flags=sections.flags(plan.get("flags"), f"{where}.flags"),
         seeds=sections.seeds(plan["seeds"], f"{where}.seeds") if "seeds" in plan else seeds,
-        folder=str(plan.get("folder") or FOLDERS.get(name, name)),
+        folder=str(plan.get("folder") or FOLDERS.get(name, (name,))[0]),
     )
 
 

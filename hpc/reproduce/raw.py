@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hpc.config import Config
 from hpc.errors import DataError
 from hpc.report.events import decode
+from hpc.report.provenance import without_folders
 from hpc.report.summary import write_json_atomic
 from hpc.reproduce.plan import Job
 
@@ -64,7 +65,7 @@ def record(
         "tuning": job.tuning,
         "fingerprint": job.fingerprint,
         "data_sha256": data,
-        "flags": without_folders(dict(job.flags)),
+        "flags": _without_folders(dict(job.flags)),
         "metrics": after.metrics,
         "metrics_before": None if before is None else before.metrics,
         "examples": after.examples,
@@ -144,16 +145,15 @@ def _predictions(scored: Scored) -> dict[str, Any]:
     return {"sha256": scored.digest, "chosen": scored.chosen if known else None}
 
 
-def without_folders(content: Any) -> Any:
-    """Of an absolute path its last part: which folders this machine has is nobody's business."""
+def _without_folders(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: without_folders(value) for key, value in content.items()}
-    return Path(content).name if isinstance(content, str) and content.startswith("/") else content
+        return {key: _without_folders(value) for key, value in content.items()}
+    return without_folders(content) if isinstance(content, str) else content
 
 
 def _without_places(content: dict[str, Any]) -> dict[str, Any]:
     """Where data, keys and results lie says nothing about a run."""
     content["data"]["data_dir"] = content["data"]["train_file"] = content["data"]["val_file"] = None
     content["run"]["output_dir"] = content["link"]["keys_dir"] = None
-    cleaned: dict[str, Any] = without_folders(content)
+    cleaned: dict[str, Any] = _without_folders(content)
     return cleaned

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from hpc.errors import HpcError
+from hpc.files import drafted, try_lock
 from hpc.reproduce import csv_file, markdown, raw, tuning
 from hpc.reproduce.loss_figure import draw_losses
 from hpc.reproduce.metric_figure import draw_metrics
@@ -51,7 +50,7 @@ def render_preset(results: Path, preset: Preset, say: Callable[[str], None] = pr
         tables = tables_of(preset, runs)
         texts = pages(preset, tables, runs)
         for name, text in texts.items():
-            with _draft(results / "tables" / name) as draft:
+            with drafted(results / "tables" / name) as draft:
                 draft.write_text(text, encoding="utf-8")
         for name in every_page(preset) - texts.keys():
             (results / "tables" / name).unlink(missing_ok=True)  # of runs that are gone, or are to be done again
@@ -94,25 +93,12 @@ def _figures(results: Path, preset: Preset, tables: dict[str, list[Row]]) -> lis
     drawn = []
     for name, draw in (("losses", draw_losses), ("accuracy", draw_metrics)):
         path = results / "figures" / f"{name}-{preset.name}.png"
-        with _draft(path) as draft:
+        with drafted(path) as draft:
             if draw(rows, preset.scale, draft):
                 drawn.append(path)
             else:
                 path.unlink(missing_ok=True)
     return drawn
-
-
-@contextmanager
-def _draft(path: Path) -> Iterator[Path]:
-    """A name to write to; what is there at the end becomes `path` at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield draft
-        if draft.exists():
-            draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -122,16 +108,8 @@ def _alone(results: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + DEADLINE_S
     with path.open("w") as lock:
-        while not _locked(lock.fileno()):
+        while not try_lock(lock):
             if time.monotonic() > deadline:
                 raise RenderTimeout(f"{path} is held by another process for {DEADLINE_S:.0f} s; end that one first")
             time.sleep(0.1)
         yield
-
-
-def _locked(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shlex
 import shutil
@@ -21,8 +20,10 @@ import yaml
 from hpc.config import Config
 from hpc.data.folders import file_in
 from hpc.errors import BadInput, DataError, HpcError, Paused
+from hpc.files import try_lock
 from hpc.link.identity import ensure_local
 from hpc.preflight import check_folder
+from hpc.report.provenance import without_folders
 from hpc.reproduce import raw
 from hpc.reproduce.check import check_configs, configs_of, folder_of
 from hpc.reproduce.plan import Job
@@ -119,6 +120,7 @@ class Bench:
         with ThreadPoolExecutor(self.at_once) as pool:
             try:
                 told = ""
+                # No deadline: another process's runs have those of their roles, and may rightly take days.
                 while todo := self._round(pool, todo, places):
                     names = ", ".join(job.name for job in todo)
                     if names != told:
@@ -193,7 +195,7 @@ class Bench:
         """A lock if the job is this process's to do: two of them may work at one preset."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f".{job.name}.lock").open("w") as lock:
-            yield lock if _locked(lock) else None
+            yield lock if try_lock(lock) else None
 
     @property
     def _keys(self) -> Path:
@@ -221,7 +223,7 @@ class Bench:
                 str(name / Path(flag).relative_to(folder)) if Path(flag).is_relative_to(folder) else flag
                 for flag in flags
             ]
-        return [raw.without_folders(flag) for flag in flags]
+        return [without_folders(flag) for flag in flags]
 
 
 def _is_of(settings: Path, told: str) -> bool:
@@ -245,14 +247,6 @@ def as_flag(value: Any) -> str:
     if value is None or isinstance(value, (bool, list, dict)):
         return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()
     return str(value)
-
-
-def _locked(lock: IO[str]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _told(content: dict[str, Any]) -> str:

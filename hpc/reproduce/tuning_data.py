@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from hpc.errors import DataError
+from hpc.files import drafted
 
 HELD_OUT = 5
 """Every fifth record chooses; the others teach."""
@@ -20,10 +20,8 @@ def divide(source: Path, target: Path) -> Path:
         raise DataError(f"{path} cannot be read: {error}") from None
     if len(lines) < HELD_OUT:
         raise DataError(f"{path} has {len(lines)} records; a learning rate is chosen on at least {HELD_OUT}")
-    target.mkdir(parents=True, exist_ok=True)
     parts = {"val": lines[::HELD_OUT], "train": [line for n, line in enumerate(lines) if n % HELD_OUT]}
     for name, part in parts.items():
-        draft = target / f".{name}.{os.getpid()}"
-        draft.write_text("".join(line + "\n" for line in part), encoding="utf-8")
-        draft.replace(target / f"{name}.jsonl")
+        with drafted(target / f"{name}.jsonl") as draft:
+            draft.write_text("".join(line + "\n" for line in part), encoding="utf-8")
     return target

@@ -94,7 +94,7 @@ def rows_of(file: GgufFile, tensor: GgufTensor) -> Iterator[tuple[int, np.ndarra
             stored = np.fromfile(raw, dtype=np.uint8, count=count * width).reshape(count, width)
             try:
                 values = dequantize(stored, tensor.kind)
-            except NotImplementedError:
+            except NotImplementedError:  # the library's word for a kind that it cannot read
                 raise ModelError(f"{tensor.name} in {file.path.name} is stored as {tensor.kind.name}, unread") from None
             yield first, unpermute(values, count // unit) if unit > 1 else values
 

@@ -284,4 +284,4 @@ def test_other_tasks_are_read_where_the_data_is(tmp_path: Path) -> None:
         f"scale: s\nseeds: [0]\nmodels: {{}}\nadapters: {{}}\ntasks: {{}}\ntables: {{}}\nefficiency: {section}\n"
     )
     options = options_of(load_preset(str(path), PRESETS), root=ROOT, results=tmp_path, data_dir=tmp_path)
-    assert options.config.data.data_dir == str(tmp_path / "superglue" / "ReCoRD")
+    assert options.config.data.data_dir == str(tmp_path)

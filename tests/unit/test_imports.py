@@ -17,6 +17,7 @@ FLOORS = {
     "hpc.config": 1,
     "hpc.topology": 1,
     "hpc.hostlist": 1,
+    "hpc.files": 1,
     "hpc.placement": 1,
     "hpc.supervision": 1,
     "hpc.slurm_steps": 1,

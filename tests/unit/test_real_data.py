@@ -11,23 +11,12 @@ from transformers import AutoTokenizer
 
 from hpc.config import Config, DataConfig, TrainConfig
 from hpc.data.examples import held_out_examples, training_examples
+from hpc.data.folders import FOLDERS as PUBLISHED
 from hpc.data.rows import Encoder
 from hpc.source.tiny import tiny_llama_folder
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-FOLDERS = {
-    "boolq": "superglue/BoolQ",
-    "cb": "superglue/CB",
-    "copa": "superglue/COPA",
-    "multirc": "superglue/MultiRC",
-    "record": "superglue/ReCoRD",
-    "rte": "superglue/RTE",
-    "wic": "superglue/WiC",
-    "wsc": "superglue/WSC",
-    "cnn_dailymail": "cnn_dailymail",
-    "xsum": "xsum",
-    "huatuo": "huatuo",
-}
+FOLDERS = {task: names[0] for task, names in PUBLISHED.items()}
 # Task → the published fields that may never be cut, and all choices of a record.
 KEPT = {
     "boolq": ["question"],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.files import drafted
 from hpc.reproduce import raw, render, tuning
 from hpc.reproduce.loss_figure import pairs_of
 from hpc.reproduce.methods import METHODS
@@ -70,7 +71,7 @@ def test_who_holds_the_lock_for_too_long_is_named(
 def test_a_figure_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "figure.png"
     path.write_text("old")
-    with pytest.raises(FileNotFoundError), render._draft(path) as draft:
+    with pytest.raises(FileNotFoundError), drafted(path) as draft:
         draft.with_name("no").joinpath("such folder").write_text(str(draft.write_text("half")))
     assert [each.name for each in tmp_path.iterdir()] == ["figure.png"]
     assert path.read_text() == "old"
