@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import List, Literal, Optional
 
 from hpc.data_config import DataConfig, TemplateConfig
+from hpc.privacy_config import PrivacyConfig
 from hpc.rules import require, require_at_least
 from hpc.train_config import MAX_ROWS, TrainConfig
 
@@ -21,6 +22,7 @@ __all__ = [
     "DataConfig",
     "LinkConfig",
     "ModelConfig",
+    "PrivacyConfig",
     "RunConfig",
     "TemplateConfig",
     "TrainConfig",
@@ -225,6 +227,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     link: LinkConfig = field(default_factory=LinkConfig)
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,1 @@
+"""What a client does to what it sends, and how it watches what comes back."""
