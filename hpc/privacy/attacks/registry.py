@@ -70,8 +70,22 @@ def _nearest_embedding() -> Runner:
     return lambda material: Found(guesses=nearest_embedding(material.seen, material.public))
 
 
+def _causal_search() -> Runner:
+    from hpc.privacy.attacks.causal_search import causal_search
+
+    return lambda material: Found(guesses=causal_search(material.seen, material.public, material.options.causal_search))
+
+
+def _sealed_frames() -> Runner:
+    from hpc.privacy.attacks.sealed_frames import sealed_frames
+
+    return lambda material: Found(guesses=sealed_frames(material.seen, material.sealed, material.public))
+
+
 METHODS: dict[str, Method] = {
     "nearest_embedding": Method(runner=_nearest_embedding),
+    "causal_search": Method(runner=_causal_search),
+    "sealed_frames": Method(runner=_sealed_frames),
 }
 
 
