@@ -47,7 +47,7 @@ def attack_cells(jobs: Sequence[Job]) -> list[Cell]:
             model=job.model,
             task=job.task,
             adapter=job.adapter,
-            method=f"{job.method} {job.variant}",
+            method=job.method,
             seed=job.seed,
             job=job,
         )
