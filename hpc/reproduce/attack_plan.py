@@ -61,11 +61,15 @@ def variant_of(blocks: int, defence: str) -> str:
 
 
 def _job(preset: Preset, attacks: Attacks, task: str, blocks: int, defence: str, seed: int) -> Job:
-    plain = job_of(preset, attacks.model, task, attacks.adapter, ATTACKED, seed)
+    plan = preset.tasks[task]
+    plan = replace(plan, batches=attacks.batches or plan.batches, flags={**plan.flags, **attacks.flags})
+    attacked = replace(preset, tasks={**preset.tasks, task: plan})
+    plain = job_of(attacked, attacks.model, task, attacks.adapter, ATTACKED, seed)
     own = dict(attacks.defences[defence])
-    if own.keys() & {"privacy.noise_multiplier", "privacy.epsilon"}:
-        own.setdefault("privacy.clip_norm", attacks.cuts[blocks])
-    recorded = {"model.head_blocks": blocks, "privacy.record_steps": plain.flags["train.max_steps"]}
+    norm, steps = attacks.cuts[blocks], plain.flags["train.max_steps"]
+    if norm is not None and own.keys() & {"privacy.noise_multiplier", "privacy.epsilon"}:
+        own.setdefault("privacy.clip_norm", norm)
+    recorded = {"model.head_blocks": blocks, "privacy.record_steps": min(attacks.steps or steps, steps)}
     return replace(
         plain,
         variant=variant_of(blocks, defence),

@@ -12,6 +12,7 @@ from hpc.config import Config
 from hpc.errors import ConfigError, ModelError
 from hpc.preflight import check_cut
 from hpc.report.cells import size
+from hpc.reproduce.attacked import options_of
 from hpc.reproduce.estimate import NOTES, ModelSize, run_link_bytes, run_seconds, step_link_bytes
 from hpc.reproduce.plan import Cell, Job
 from hpc.reproduce.preset import Preset
@@ -64,6 +65,7 @@ class Estimator:
 
     def planned(self, job: Job, tables: tuple[str, ...], *, done: bool) -> Planned:
         config, assumed = self.config_of(job), self.preset.estimate
+        options_of(self.preset.name, job)
         hf_config, raw_config = self._model(job.model, config)
         check_cut(config, raw_config)
         roles = self._roles(config, hf_config, cut_of(config.model, raw_config))

@@ -88,14 +88,20 @@ class Attacks:
     model: str
     adapter: str
     tasks: tuple[str, ...]
-    cuts: Mapping[int, float]
-    """Blocks of the client head → L2 norm that a defence with noise clips to, as norms grow with depth."""
+    cuts: Mapping[int, float | None]
+    """Blocks of the client head → L2 norm that a defence with noise clips to, as norms grow with depth; none: a defence
+    that needs one brings its own."""
     defences: Mapping[str, Flags]
     """The first one is the undefended run."""
     methods: Mapping[str, Flags]
     """Attack → its options, as `launch/attack.py` has them behind `--attack.`."""
     options: Flags = field(default_factory=dict)
     """The same for all attacks."""
+    batches: int = 0
+    flags: Flags = field(default_factory=dict)
+    """Over the task's own."""
+    steps: int = 0
+    """Of the first so many steps the attacker keeps what it sees; 0: of all."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -219,6 +225,12 @@ def _attacks(content: object) -> Attacks:
         defences=_flags_of_each({"attacks.defences": given["defences"]}, "attacks.defences"),
         methods=_flags_of_each({"attacks.methods": given["methods"]}, "attacks.methods"),
         options=sections.flags(given.get("options"), "attacks.options"),
+        flags=sections.flags(given.get("flags"), "attacks.flags"),
+        **{
+            name: sections.at_least_one(given[name], f"attacks.{name}")
+            for name in ("batches", "steps")
+            if name in given
+        },
     )
 
 

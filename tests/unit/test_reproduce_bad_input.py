@@ -257,7 +257,7 @@ def command() -> Iterator[Any]:
     [
         ([], "the following arguments are required: what"),
         (["table9"], "invalid choice: 'table9'.*table1"),
-        (["table3"], "table3, the paper.s inversion attack, is not here yet"),
+        (["table3", "--preset", "smoke", "--tasks", "rte"], "--tasks rte is not in table3; choose of ward_notes"),
         (["table1", "--jobs", "0"], "--jobs is 0; it must be at least 1"),
         (["table1", "--jobs", "two"], "invalid int value: 'two'"),
         (["table1", "--seeds", "-1"], r"--seeds is \[-1\]"),
