@@ -14,9 +14,13 @@ class CausalSearchConfig:
 
     candidates: int = 1024
     """At most so many tokens are tried at each position, the likeliest first; 0: the whole vocabulary."""
+    clear: float = 0.5
+    """A position is done when one candidate's distance is below this share of the next one's; 0: only when nothing can
+    be nearer, so that noise, or a head that has learned, makes each position cost all candidates."""
 
     def __post_init__(self) -> None:
         require_at_least("attack.causal_search.candidates", self.candidates, 0)
+        require(0 <= self.clear < 1, f"--attack.causal_search.clear is {self.clear}; it must be at least 0 and below 1")
 
 
 @dataclass(kw_only=True, frozen=True)
