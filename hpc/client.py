@@ -29,6 +29,7 @@ from hpc.link.frame import HAS_START, NEEDS_STATE, NOT_WRITTEN, WOULD_STOP, Head
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
 from hpc.model.part import Part
+from hpc.privacy.recording import ClientRecorder
 from hpc.programs import Traits, client_step, client_sync
 from hpc.report.events import ClientStep, EventLog
 from hpc.saving import Saver, from_payload
@@ -115,6 +116,13 @@ class Client:
             dtype=dtype,
             device=self.device,
             watch=self._watch,
+            recorder=self._make_recorder(),
+        )
+
+    def _make_recorder(self) -> ClientRecorder | None:
+        """One that comes back in mid-run keeps what it recorded before."""
+        return ClientRecorder.of(
+            self.config, self.folder, self.client_id, self.channel, None if self.needs_state else self.start
         )
 
     def open(self) -> None:

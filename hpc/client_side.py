@@ -11,6 +11,7 @@ from hpc.data.collate import Batch
 from hpc.learner import Learner
 from hpc.link.peers import PeerKeys
 from hpc.model.part import LabelPositions, Part
+from hpc.privacy.recording import ClientRecorder
 from hpc.programs import Traits
 from hpc.smashed_cache import CacheBook
 from hpc.stopwatch import Stopwatch
@@ -39,6 +40,8 @@ class ClientSide:
     dtype: torch.dtype
     device: torch.device
     watch: Stopwatch
+    recorder: ClientRecorder | None = None
+    """Keeps what is true of each batch, for attacks."""
 
     def labels(self, batch: Batch) -> tuple[LabelPositions, torch.Tensor]:
         """Where the batch's labels are, and what, on the device."""

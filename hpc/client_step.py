@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -129,16 +130,18 @@ class ClientStepRun:
             del self._smashed[index]
         sent = [piece.lengths[row] for row in self._to_send.pop(index)]
         weight = float(piece.label_tokens)
-        self._side.link.send_rows(
-            Kind.SMASHED,
-            self._order.step,
-            smashed_BTD,
-            piece.lengths,
-            micro=index,
-            weight=weight,
-            sent=sent,
-            layout=layout_numbers(self._layouts[index]),
-        )
+        recorder = self._side.recorder
+        with recorder.recording(piece, step=self._order.step, micro=index) if recorder else nullcontext():
+            self._side.link.send_rows(
+                Kind.SMASHED,
+                self._order.step,
+                smashed_BTD,
+                piece.lengths,
+                micro=index,
+                weight=weight,
+                sent=sent,
+                layout=layout_numbers(self._layouts[index]),
+            )
 
     def _send_gradient(self) -> None:
         """The square sum of the client parts' gradient, and the gradient itself where it is shared."""

@@ -272,6 +272,11 @@ class Config:
             "the first client that dies",
         )
         require(
+            self.privacy.record_steps == 0 or self.train.schedule != "centralised",
+            f"--privacy.record_steps {self.privacy.record_steps}: in --train.schedule centralised nothing crosses a "
+            "link, so there is nothing to record; use another schedule",
+        )
+        require(
             self.train.early_stopping_patience == 0 or self.data.evaluates,
             "--train.early_stopping_patience needs held-out examples; give --data.val_examples (and a val_file)",
         )

@@ -26,6 +26,7 @@ from hpc.link.frame import NOT_WRITTEN, WOULD_STOP, Frame, Header
 from hpc.link.kinds import Kind
 from hpc.link.stats import LinkStats
 from hpc.optim import LossScale
+from hpc.privacy.recording import TrunkRecorder
 from hpc.programs import Traits, TrunkProgram, trunk_step, trunk_sync
 from hpc.ragged import pack, pad
 from hpc.reception import Reception
@@ -98,6 +99,7 @@ class Server:
             zero_BTD=torch.zeros(1, 1, hidden_size, dtype=dtype, device=trunk.device),
             caches={},
             watch=Stopwatch(),
+            recorder=TrunkRecorder.of(config, folder, group.rank, start),
         )
         self.saver = Saver(config=config, folder=folder, role=f"trunk-{group.rank}", attempt=attempt, log=log)
         # A batch has at least one row, and an example a row for each answer that is compared.

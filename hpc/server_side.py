@@ -9,6 +9,7 @@ import torch
 from hpc.aggregate import TrunkGroup
 from hpc.config import TrainConfig
 from hpc.optim import LossScale
+from hpc.privacy.recording import TrunkRecorder
 from hpc.programs import Traits
 from hpc.replica_trunk import ReplicaTrunk
 from hpc.served import Served
@@ -38,6 +39,8 @@ class ServerSide:
     """Training examples of every client, of all ranks."""
     part_values: int = 0
     """Values that learn in one client's parts."""
+    recorder: TrunkRecorder | None = None
+    """Keeps what is received, for attacks."""
     skipped: int = 0
     """Steps left out one after another, up to now."""
 

@@ -106,6 +106,8 @@ class ServedStep(ABC):
                 self._headers[micro] = header
                 self._smashed[micro] = self._completed(micro, frame)
                 self._note_cause(micro.client, "activations", bool(frame.payload.isfinite().all()))
+                if self._side.recorder is not None:
+                    self._side.recorder.smashed(micro, header, self._smashed[micro])
             case Kind.GRAD_TRUNK_OUT:
                 if header.lengths != self._headers[micro].lengths:
                     raise ProtocolError(
@@ -115,6 +117,8 @@ class ServedStep(ABC):
                 self._grads[micro] = frame.payload
                 self._note_cause(micro.client, "loss", not header.flags & LOSS_NOT_FINITE)
                 self._note_cause(micro.client, "gradient", bool(frame.payload.isfinite().all()))
+                if self._side.recorder is not None:
+                    self._side.recorder.gradient(micro, header, frame.payload)
             case Kind.PART_GRADS:
                 if header.square_sum < 0:
                     raise ProtocolError(f"client {micro.client} sent a square sum of {header.square_sum}")

@@ -8,7 +8,7 @@ comes again, too early, or in another's place does not open; the plain header is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -67,6 +67,15 @@ class Channel:
     def read_elsewhere(self) -> None:
         """From now on a thread of its own receives, so `send` must not touch that direction."""
         self._read_elsewhere = True
+
+    @contextlib.contextmanager
+    def tapped(self, listener: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """Meanwhile `listener` gets each sealed message (uint8) that this end hands to its transport, to be copied."""
+        self._outgoing.tap = listener
+        try:
+            yield
+        finally:
+            self._outgoing.tap = None
 
     def send(self, header: Header, tensor: torch.Tensor | None = None) -> None:
         """Send a frame; dtype, shape and payload are the tensor's, which may be changed afterwards.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,8 @@ class Outgoing:
         self._firsts = _Buffers(self._header_end + self._inline + cipher.overhead, _FIRSTS_IN_FLIGHT)
         self._chunks = _Buffers(chunk_bytes + cipher.overhead, max(4, _IN_FLIGHT_BYTES // chunk_bytes))
         self._in_flight: deque[tuple[Pending, _Message, _Buffers]] = deque()
+        self.tap: Callable[[torch.Tensor], None] | None = None
+        """Told of each sealed message as it leaves; the memory is used again."""
 
     def plain_header(self, header: Header, tensor: torch.Tensor | None) -> bytes:
         """The next frame's header in plain bytes. Raises ProtocolError for one that does not fit."""
@@ -106,6 +109,8 @@ class Outgoing:
         self._stats.seal_s += time.perf_counter() - start
 
     def _post(self, message: _Message, end: int, buffers: _Buffers) -> None:
+        if self.tap is not None:
+            self.tap(message.tensor[:end])
         self._in_flight.append((self._transport.send(message.tensor[:end]), message, buffers))
         self._stats.wire_bytes_sent += end
 

@@ -37,9 +37,9 @@ class Memory:
         return torch.cat([self._prefix_BP, self._mask_BC], 1), positions_BC[:, -mask_BT.shape[1] :]
 
     def reorder(self, rows_B: torch.Tensor) -> None:
-        """Row b goes on from what row `rows_B[b]` was: beam search."""
+        """Row b goes on from what row `rows_B[b]` was: beam search. There may be more or fewer rows than before."""
         self.cache.reorder_cache(rows_B)
         rows_B = rows_B.to(self._mask_BC.device)
-        self._mask_BC = self._mask_BC[rows_B]
+        self._mask_BC, self._prefix_BP = self._mask_BC[rows_B], self._prefix_BP[rows_B]
         if self.layout_B2 is not None:
             self.layout_B2 = self.layout_B2[rows_B.to(self.layout_B2.device)]

@@ -18,7 +18,7 @@ from hpc.programs import Traits
 from hpc.report.events import EventLog
 from hpc.schedule import TrainStep
 from tests.loopback import channel_pair
-from tests.unit.attack_case import config
+from tests.unit.learned_case import config
 
 
 def settings(method: str, *, head_blocks: int, rate: float, steps: int, name: str = "tiny-llama") -> Config:

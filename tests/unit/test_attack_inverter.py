@@ -9,7 +9,7 @@ import pytest
 from hpc.errors import DataError
 from hpc.privacy.attacks.inverter import InverterOptions, invert_by_learning
 from hpc.privacy.seen import Sample
-from tests.unit.attack_case import (
+from tests.unit.learned_case import (
     COLLUDER,
     VICTIM,
     config,

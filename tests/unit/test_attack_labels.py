@@ -10,7 +10,7 @@ import torch
 from hpc.errors import DataError
 from hpc.privacy.attacks.label_inference import LabelGuess, LabelOptions, infer_labels, label_positions
 from hpc.privacy.seen import Sample
-from tests.unit.attack_case import VICTIM, config, public, samples
+from tests.unit.learned_case import VICTIM, config, public, samples
 
 
 def labels(found: LabelGuess) -> list[tuple[int, int, int]]:

@@ -9,8 +9,8 @@ import torch
 
 from hpc.privacy.attacks.optimisation import OptimisationOptions, invert_by_optimising, nearest
 from hpc.privacy.seen import Sample, Seen
-from tests.unit.attack_case import COLLUDER, VICTIM, Public, config, public, samples, shuffled, token_accuracy
-from tests.unit.attack_case import unigram_accuracy as floor
+from tests.unit.learned_case import COLLUDER, VICTIM, Public, config, public, samples, shuffled, token_accuracy
+from tests.unit.learned_case import unigram_accuracy as floor
 
 SMALL = OptimisationOptions(rounds=2, steps=15)
 

@@ -91,6 +91,8 @@ FLOORS = {
     "hpc.privacy": 4,
     "hpc.report": 4,
     # what starts them
+    "hpc.privacy.attack_run": 5,
+    "hpc.privacy.attack_command": 5,
     "hpc.export.pick": 5,
     "hpc.export.command": 5,
     "hpc.baseline": 5,
