@@ -11,10 +11,10 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -23,6 +23,8 @@ from hpc.config import Config
 from hpc.errors import BadInput, ConfigError, HpcError
 from hpc.logs import reason
 from hpc.quiet import hush
+
+T = TypeVar("T")
 
 
 def make_parser(description: str) -> ArgumentParser:
@@ -52,9 +54,15 @@ def parse_quickly(arguments: Sequence[str]) -> Config:
 
 @cache
 def _group(name: str, arguments: tuple[str, ...]) -> Any:
-    parser = _group_parser(name)
+    return parse_class(get_type_hints(Config)[name], name, arguments)
+
+
+def parse_class(kind: type[T], name: str, arguments: Sequence[str]) -> T:
+    """One dataclass from flags that begin with `--name.`. Raises `ConfigError` as `parse` does."""
+    parser = _class_parser(cast(Hashable, kind), name)
     try:
-        return parser.instantiate(parser.parse_args(list(arguments)))[name]
+        made: T = parser.instantiate(parser.parse_args(list(arguments)))[name]
+        return made
     except ArgumentError as error:
         raise ConfigError(_one_line(str(error))) from None
     except (ValueError, TypeError, yaml.YAMLError) as error:
@@ -62,10 +70,10 @@ def _group(name: str, arguments: tuple[str, ...]) -> Any:
 
 
 @cache
-def _group_parser(name: str) -> ArgumentParser:
+def _class_parser(kind: Any, name: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(get_type_hints(Config)[name], name)
+    parser.add_class_arguments(kind, name)
     return parser
 
 

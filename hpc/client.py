@@ -29,6 +29,8 @@ from hpc.link.frame import HAS_START, NEEDS_STATE, NOT_WRITTEN, WOULD_STOP, Head
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
 from hpc.model.part import Part
+from hpc.privacy.defences.prepare import shield_for
+from hpc.privacy.defences.telling import told
 from hpc.privacy.recording import ClientRecorder
 from hpc.programs import Traits, client_step, client_sync
 from hpc.report.events import ClientStep, EventLog
@@ -74,6 +76,7 @@ class Client:
         self.client_id, self.config, self.train = client_id, config, config.train
         self.head, self.tail = head.to(device), tail.to(device)
         self.data, self.channel, self.log, self.device = data, channel, log, device
+        self.shield = shield_for(config, data, folder)
         self.learner = Learner([head, tail], config.train)
         self.traits = Traits.of(config)
         self.link = TrunkLink(channel, client_id=client_id, device=device, reads_ahead=self.traits.first_come)
@@ -116,6 +119,7 @@ class Client:
             dtype=dtype,
             device=self.device,
             watch=self._watch,
+            shield=self.shield,
             recorder=self._make_recorder(),
         )
 
@@ -152,8 +156,10 @@ class Client:
 
         `open` comes first. Raises `Paused` if the trunk ends the run to be resumed.
         """
+        self._tell_privacy("planned", self.start)
         try:
             self._follow_the_schedule()
+            self._tell_privacy("released", total_steps(self.train))
             if self.config.run.save_adapter:
                 save_client_adapter(self.folder, self.config, self.client_id, self.learner.parameters, self.link)
             before_goodbye()
@@ -162,6 +168,13 @@ class Client:
         except PauseAsked as asked:
             done = asked.step > 0 and (asked.step == self._resumed_from or self.save(asked.step))
             raise Paused(paused_words(asked.step, checkpoint=done)) from None
+
+    def _tell_privacy(self, when: str, step: int) -> None:
+        """What noise there is, and what it promises, in the log and in the events."""
+        if self.config.privacy.defends:
+            figures = self.shield.figures()
+            _log.info("privacy, %s: %s", when, told(figures, self.config))
+            self.log.note("privacy", step=step, **figures)
 
     def _follow_the_schedule(self) -> None:
         for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=self.start):
@@ -270,7 +283,7 @@ class Client:
 
         Returns whether there is one of this step.
         """
-        state, facts = self.learner.state(), self._patience.state()
+        state, facts = self.learner.state(), {**self._patience.state(), **self.shield.state()}
         written = self.saver.write(step, f"client-{self.client_id}", state, facts)
         self.link.send(Header(kind=Kind.READY, step=step, flags=0 if written else NOT_WRITTEN))
         kept = from_payload(self.link.recv(Kind.READY, step, on_device=False).payload)
@@ -306,6 +319,7 @@ class Client:
             if not self.needs_state:
                 raise
             return False
+        self.shield.check(facts)
         self.learner.load_state(state)
         self._patience.load(facts)
         return True

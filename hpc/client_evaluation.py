@@ -33,6 +33,7 @@ class HeldOut:
     def evaluate(self, step: int) -> float:
         """Write what came of it into the events (and the predictions' file); loss in nats per label token."""
         side = self._side
+        side.shield.evaluation(step)
         for part in (side.head, side.tail):
             part.eval()
         correct = total = label_tokens = 0
@@ -40,7 +41,7 @@ class HeldOut:
         predictions: list[int] = []
         for batch in self.batches:
             layout_B2 = side.head.layout_of(batch.ids_BT)
-            smashed_BTD = side.head(batch.ids_BT.to(side.device))
+            smashed_BTD = side.shield.smashed(side.head(batch.ids_BT.to(side.device)))
             side.link.send_rows(Kind.EVAL_SMASHED, step, smashed_BTD, batch.lengths, layout=layout_numbers(layout_B2))
             reply = side.link.recv(Kind.EVAL_TRUNK_OUT, step)
             labels, _ = side.labels(batch)
@@ -73,7 +74,7 @@ class HeldOut:
     def _decoded(self) -> Decoded:
         """Decode the answers to the held-out examples, the trunk's keys and values staying there."""
         side = self._side
-        chains = SplitChains(side.head, side.tail, side.link)
+        chains = SplitChains(side.head, side.tail, side.link, side.shield)
         model = ContinuedLM(side.head.model.config, chains.open, device=side.device)
         decoded = decode_held_out(model, self._data, self._config)
         chains.enough()

@@ -11,6 +11,7 @@ from hpc.data.collate import Batch
 from hpc.learner import Learner
 from hpc.link.peers import PeerKeys
 from hpc.model.part import LabelPositions, Part
+from hpc.privacy.defences.shield import Shield
 from hpc.privacy.recording import ClientRecorder
 from hpc.programs import Traits
 from hpc.smashed_cache import CacheBook
@@ -40,6 +41,8 @@ class ClientSide:
     dtype: torch.dtype
     device: torch.device
     watch: Stopwatch
+    shield: Shield
+    """What is done to all that leaves."""
     recorder: ClientRecorder | None = None
     """Keeps what is true of each batch, for attacks."""
 

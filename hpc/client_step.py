@@ -42,7 +42,7 @@ class ClientStepRun:
         self._smashed: dict[int, torch.Tensor] = {}
         self._layouts: dict[int, torch.Tensor | None] = {}  # see `Part.layout_of`
         self._to_send: dict[int, list[int]] = {}  # rows of a piece that the server's cache lacks
-        self._grads: dict[int, tuple[torch.Tensor, bool]] = {}
+        self._grads: dict[int, tuple[torch.Tensor, bool, float]] = {}
         self._trunk_out: dict[int, tuple[torch.Tensor, float, float]] = {}
         self._grad_smashed: dict[int, torch.Tensor] = {}
         self._masked: MaskedContribution | None = None
@@ -81,6 +81,8 @@ class ClientStepRun:
             wanted = [row for row, here in enumerate(held) if not here]
         self._to_send[index] = wanted
         self._layouts[index] = self._side.head.layout_of(piece.ids_BT)
+        rows = self._rows[index]
+        self._side.shield.training(self._order.step, rows, [rows[row] for row in wanted])
         if not wanted:
             self._smashed[index] = torch.empty(0, 1, self._side.hidden_size, dtype=self._side.dtype)
             return
@@ -88,7 +90,8 @@ class ClientStepRun:
         longest = max(piece.lengths[row] for row in wanted)
         ids_BT = piece.ids_BT if whole else piece.ids_BT[wanted, :longest]
         self._seed("head", micro)
-        self._smashed[index] = self._side.head(ids_BT.to(self._side.device))
+        # What the shield does is part of the head's graph: the backward pass goes through it.
+        self._smashed[index] = self._side.shield.smashed(self._side.head(ids_BT.to(self._side.device)))
 
     def _tail_step(self, micro: Micro) -> None:
         """Forward, loss, and back to the gradient of what the trunk sent."""
@@ -101,7 +104,7 @@ class ClientStepRun:
         loss = float(loss_sum.detach())
         self._loss_sum += loss
         assert trunk_out_BTD.grad is not None
-        self._grads[micro.piece] = trunk_out_BTD.grad, math.isfinite(loss)
+        self._grads[micro.piece] = trunk_out_BTD.grad, math.isfinite(loss), scale
 
     def _seed(self, part: str, micro: Micro) -> None:
         """Just before what draws, so that it does not depend on what came between."""
@@ -119,7 +122,8 @@ class ClientStepRun:
             self._send_smashed(act.micro)
         else:
             piece = self._pieces[index]
-            grad_BTD, finite = self._grads.pop(index)
+            grad_BTD, finite, scale = self._grads.pop(index)
+            grad_BTD = self._side.shield.gradient(grad_BTD, piece.lengths, loss_scale=scale)
             flags = 0 if finite else LOSS_NOT_FINITE
             self._side.link.send_rows(act.kind, step, grad_BTD, piece.lengths, micro=index, flags=flags)
 

@@ -286,6 +286,12 @@ class Config:
             "head out of --adapter.parts, or do without the cache",
         )
 
+        require(
+            not self.privacy.defends or self.train.schedule != "centralised",
+            "--privacy: with --train.schedule centralised nothing leaves a client, so there is nothing to clip or to "
+            "add noise to; use another schedule, or leave clipping, noise and label protection out",
+        )
+
     @property
     def head_learns(self) -> bool:
         """Whether a gradient goes back to the client head: something in it is trained."""

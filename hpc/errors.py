@@ -37,6 +37,10 @@ class CheckpointError(BadInput):
     """A checkpoint is missing, broken, or was made with other settings."""
 
 
+class BudgetSpent(BadInput):
+    """The next release would exceed the privacy budget: nothing of it was sent, and checkpoints stay as they are."""
+
+
 class IdentityError(BadInput):
     """A key is missing, readable by others, unknown, revoked or not the pinned one."""
 

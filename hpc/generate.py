@@ -32,6 +32,7 @@ from hpc.link.kinds import Kind
 from hpc.model.build import ModelBuilder
 from hpc.model.continued import ContinuedLM, context_of
 from hpc.model.pretrained import load_tokenizer
+from hpc.privacy.defences.prepare import shield_to_generate
 from hpc.process import device_of, prepare_process
 from hpc.rendezvous import Rendezvous
 from hpc.report.events import EventLog
@@ -101,6 +102,7 @@ def asking(config: Config, place: Place, trained: str | None, wanted: Wanted = "
     """The client's role: its own parts, and the trunk at the other end of its link. The model has a `tokenizer`."""
     prepare_process(config, place)
     source = source_of(trained, config, place.index, wanted) if trained else None
+    shield = shield_to_generate(config, trained, place.index)
     meeting, channels = Rendezvous(place, config), dict[int, Channel]()
     with closing_links(channels), lost_if_broken("the trunk is gone or silent"):
         channels[0], _ = open_client_channel(
@@ -112,7 +114,7 @@ def asking(config: Config, place: Place, trained: str | None, wanted: Wanted = "
             take_up([head, tail], source, config, role=place.name)
         device = device_of(config, place)
         link = SteadyLink(channels[0], client_id=place.index, device=device)
-        chains = SplitChains(head.to(device).eval(), tail.to(device).eval(), link)
+        chains = SplitChains(head.to(device).eval(), tail.to(device).eval(), link, shield)
         model = ContinuedLM(builder.hf_config, chains.open, device=device, folder=builder.resolver.name_or_path)
         model.tokenizer = load_tokenizer(builder.resolver)
         model.tokenizer.padding_side = "left"

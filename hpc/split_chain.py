@@ -16,6 +16,7 @@ from hpc.layouts import layout_numbers
 from hpc.link.frame import Header
 from hpc.link.kinds import Kind
 from hpc.model.part import Part
+from hpc.privacy.defences.shield import OPEN, Shield
 from hpc.ragged import pack_masked, pad_masked
 from hpc.trunk_link import TrunkLink
 
@@ -23,8 +24,9 @@ from hpc.trunk_link import TrunkLink
 class SplitChains:
     """Begins chains over one link, and numbers them."""
 
-    def __init__(self, head: Part, tail: Part, link: TrunkLink) -> None:
-        self.head, self.tail, self.link = head, tail, link
+    def __init__(self, head: Part, tail: Part, link: TrunkLink, shield: Shield = OPEN) -> None:
+        """`shield`: what is done to all that leaves."""
+        self.head, self.tail, self.link, self.shield = head, tail, link, shield
         self._numbers = itertools.count()
 
     def open(self, rows: int) -> SplitChain:
@@ -54,7 +56,7 @@ class SplitChain:
 
     def extend(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """`logits_BV` of the last column."""
-        smashed_BTD = self._parts.head.extend(ids_BT, self._head, mask_BT)
+        smashed_BTD = self._parts.shield.smashed(self._parts.head.extend(ids_BT, self._head, mask_BT))
         lengths = tuple(mask_BT.sum(1).tolist())
         layout_B2 = None if self._open else self._head.layout_B2  # of the prompt; it holds for what follows
         header = Header(kind=Kind.DECODE, micro=self._number, lengths=lengths, layout=layout_numbers(layout_B2))

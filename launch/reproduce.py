@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hpc.cli import run_main
 from hpc.errors import ConfigError
-from hpc.reproduce.plan import cells_of, jobs_of, tuning_jobs
+from hpc.reproduce.every_cell import every_table, table_cells
+from hpc.reproduce.plan import jobs_of, tuning_jobs
 from hpc.reproduce.preset import Preset, load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,8 +50,8 @@ def main(argv: list[str]) -> int:
         return 0
     if own.what == "efficiency":
         return efficiency(own, preset, argv)
-    tables = list(preset.tables) if own.what == "all" else [own.what]
-    cells = [] if own.what == "tune" else cells_of(preset, tables, own.tasks, own.seeds)
+    tables = every_table(preset) if own.what == "all" else [own.what]
+    cells = [] if own.what == "tune" else table_cells(preset, tables, own.tasks, own.seeds)
     jobs = tuning_jobs(preset, own.tasks) if own.what == "tune" else jobs_of(cells)
     from hpc.reproduce.run import Bench
 
@@ -126,8 +127,6 @@ def own_parser() -> argparse.ArgumentParser:
 
 def checked(own: argparse.Namespace) -> argparse.Namespace:
     """Raises `ConfigError` for values that no preset allows."""
-    if own.what == "table3":
-        raise ConfigError("table3, the paper's inversion attack, is not here yet (README.md, Status)")
     if own.what != "score" and own.run is not None:
         raise ConfigError(f"{own.what} {own.run}: a run's folder is for score; give flags with --")
     if own.what == "score" and own.run is None:

@@ -24,8 +24,14 @@ from hpc.privacy.scores.table import Score, Scorer
 from hpc.privacy.seen import Rows, Sample
 
 
-def attack_run(run_folder: Path, options: AttackConfig) -> AttackResult:
-    """Attack what `run_folder` holds of the victim.
+def attack_runs(run_folder: Path, several: Sequence[AttackConfig]) -> list[AttackResult]:
+    """Several attacks on one run, for which the public weights are loaded once; raises as `attack_run` does."""
+    public = PublicModel.of(config_of(run_folder))
+    return [attack_run(run_folder, options, public) for options in several]
+
+
+def attack_run(run_folder: Path, options: AttackConfig, public: PublicModel | None = None) -> AttackResult:
+    """Attack what `run_folder` holds of the victim. `public`: the run's, where it is loaded already.
 
     Raises `ConfigError` for an unknown method, or one that lacks its colluder, and `DataError` for a folder without
     the recordings it needs, or shadow data that overlaps the victim's.
@@ -35,7 +41,7 @@ def attack_run(run_folder: Path, options: AttackConfig) -> AttackResult:
     victim = recorded.first_rows(everything, options.max_rows)
     shadow = _shadow(run_folder, options, method, config)
     refuse_overlap(options, shadow, everything)
-    public = PublicModel.of(config)
+    public = public or PublicModel.of(config)
     material = Material(
         config=config,
         options=options,

@@ -168,7 +168,8 @@ class EventLog:
         `client_lost` (step, client_id, why); `client_returned` (step, client_id): it takes part from that step on;
         `client_refused` (client_id, why): who came under this name was not let in; `early_stop` (step): the run's last;
         `average` (step, seconds): parameters were averaged after `step`;
-        `checkpoint_failed` (step, why): from any role, there is no checkpoint after `step`.
+        `checkpoint_failed` (step, why): from any role, there is no checkpoint after `step`;
+        `privacy` (step, and what `Shield.figures` says): from clients with noise, at their start and at their end.
         """
         line = {"event": name, "time": time.time(), "role": self.role, **fields}
         try:

@@ -15,6 +15,7 @@ from hpc.report.evaluation import evaluation_figures
 from hpc.report.events import Event, current_attempt, encode, role_order
 from hpc.report.incidents import incident_figures
 from hpc.report.losses import loss_figures, losses_by_client, mean_losses, missing_clients, step_losses
+from hpc.report.privacy import privacy_figures
 from hpc.report.times import (
     WARM_UP_STEPS,
     EventsByRole,
@@ -54,6 +55,7 @@ def summarise(
         **time_figures(split, seconds),
         **_link_figures(split),
         **incident_figures(split),
+        "privacy": privacy_figures(split),
         "baseline": _baseline(events.get("baseline", []), losses, seconds),
         **_role_figures(events),
         "machine": dict(machine or {}),

@@ -168,7 +168,8 @@ def _groups(runs: Sequence[Planned]) -> Iterator[list[Planned]]:
     groups: dict[Any, list[Planned]] = {}
     for run in runs:
         rate = run.job.flags["train.learning_rate"] if run.job.tuning else None
-        groups.setdefault((run.job.model, run.job.task, run.job.adapter, run.job.method, rate), []).append(run)
+        kind = (run.job.model, run.job.task, run.job.adapter, run.job.method, run.job.variant, rate)
+        groups.setdefault(kind, []).append(run)
     first = {table: place for place, table in enumerate(dict.fromkeys(run.tables[0] for run in runs))}
     yield from sorted(groups.values(), key=lambda group: first[group[0].tables[0]])
 
@@ -183,7 +184,7 @@ def _line(group: Sequence[Planned]) -> list[str]:
         job.model,
         job.task,
         job.adapter + rate,
-        job.method,
+        " ".join(filter(None, (job.method, job.variant))),
         " ".join(str(each.job.seed) for each in group),
         f"{sum(each.done for each in group)}/{len(group)}",
         str(run.steps),

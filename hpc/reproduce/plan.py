@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hpc.config import AdapterConfig, TrainConfig
@@ -39,16 +39,22 @@ class Job:
     flags: Mapping[str, Any]
     tuning: bool = False
     """Tries a learning rate, on a part of the training data."""
+    variant: str = ""
+    """What sets it apart from runs that are alike in everything above."""
+    attacks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Method → its options: what is tried on the run's recordings when it has ended."""
 
     @property
     def name(self) -> str:
         rate = f"-lr{self.flags['train.learning_rate']:g}" if self.tuning else ""
-        return f"{self.model}-{self.task}-{self.adapter}-{self.method}-seed{self.seed}{rate}"
+        variant = f"-{self.variant}" if self.variant else ""
+        return f"{self.model}-{self.task}-{self.adapter}-{self.method}-seed{self.seed}{rate}{variant}"
 
     @property
     def fingerprint(self) -> str:
         """Of everything that decides the result: a result with another one was made with other settings."""
-        text = json.dumps({"flags": self.flags, "tuning": self.tuning}, sort_keys=True)
+        attacks = {"attacks": self.attacks} if self.attacks else {}
+        text = json.dumps({"flags": self.flags, "tuning": self.tuning, **attacks}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -104,7 +110,7 @@ def tuning_jobs(preset: Preset, tasks: Sequence[str] = ()) -> list[Job]:
     if unknown := [task for task in tasks if task not in tuning.tasks]:
         raise ConfigError(f"--tasks {unknown[0]} is not tuned; choose of {', '.join(tuning.tasks)}")
     return [
-        _job(preset, tuning.model, task, adapter, CENTRALISED, 0, rate=rate)
+        job_of(preset, tuning.model, task, adapter, CENTRALISED, 0, rate=rate)
         for task in tasks or tuning.tasks
         for adapter, rates in tuning.rates.items()
         for rate in rates
@@ -143,7 +149,7 @@ def _cells_of_task(preset: Preset, table: str, block: Block, task: str, seed: in
                 adapter="none" if zero else adapter,
                 method=method,
                 seed=seed,
-                job=_job(preset, block.model, task, adapter, trained, seed),
+                job=job_of(preset, block.model, task, adapter, trained, seed),
                 at_start=zero,
             )
 
@@ -162,9 +168,10 @@ def _flags(preset: Preset, model: str, adapter: str, task: str | None = None) ->
     return {**preset.common, **preset.models[model], **preset.adapters[adapter], **own}
 
 
-def _job(
+def job_of(
     preset: Preset, model: str, task: str, adapter: str, method: Method, seed: int, *, rate: float | None = None
 ) -> Job:
+    """Raises `ConfigError` where the preset's flags say what is the plan's to say."""
     plan, given = preset.tasks[task], _flags(preset, model, adapter, task)
     if owned := sorted(OWNED & given.keys()):
         raise ConfigError(

@@ -10,6 +10,8 @@ tables: {table1: [{model: small, adapters: [lora], tasks: [rte], methods: [zero_
 estimate: {tflops: 0.05}                # what --dry_run counts with (`Assumptions`)
 shapes: {small: {model_type: llama}}    # of models that are not here: their config.json, for --dry_run alone
 efficiency: {turns: 5, flags: {model.name_or_path: smollm2-135m}}    # all its flags; nothing of common
+attacks: {model: small, adapter: lora, tasks: [rte], cuts: {0: 3.0, 1: 45.0}, defences: {none: {}},
+          methods: {nearest_embedding: {}}}    # table 3
 """
 
 from __future__ import annotations
@@ -80,6 +82,23 @@ class Efficiency:
 
 
 @dataclass(kw_only=True, frozen=True)
+class Attacks:
+    """What an attacker recovers: a run for each task, cut and defence, and every attack on each (`attack_plan`)."""
+
+    model: str
+    adapter: str
+    tasks: tuple[str, ...]
+    cuts: Mapping[int, float]
+    """Blocks of the client head → L2 norm that a defence with noise clips to, as norms grow with depth."""
+    defences: Mapping[str, Flags]
+    """The first one is the undefended run."""
+    methods: Mapping[str, Flags]
+    """Attack → its options, as `launch/attack.py` has them behind `--attack.`."""
+    options: Flags = field(default_factory=dict)
+    """The same for all attacks."""
+
+
+@dataclass(kw_only=True, frozen=True)
 class Preset:
     """See the module."""
 
@@ -92,6 +111,7 @@ class Preset:
     tables: Mapping[str, tuple[Block, ...]]
     common: Flags = field(default_factory=dict)
     tuning: Tuning | None = None
+    attacks: Attacks | None = None
     efficiency: Efficiency | None = None
     estimate: Assumptions = field(default_factory=Assumptions)
     shapes: Mapping[str, Flags] = field(default_factory=dict)
@@ -131,6 +151,7 @@ def _preset(name: str, content: object) -> Preset:
             for table, blocks in sections.mapping(given["tables"], "tables").items()
         },
         tuning=None if given.get("tuning") is None else _tuning(given["tuning"]),
+        attacks=None if given.get("attacks") is None else _attacks(given["attacks"]),
         efficiency=None if given.get("efficiency") is None else _efficiency(given["efficiency"]),
         estimate=assumptions(given.get("estimate")),
         shapes=_flags_of_each({"shapes": {}, **given}, "shapes"),
@@ -144,6 +165,10 @@ def _preset(name: str, content: object) -> Preset:
         _known("tuning", "model", [preset.tuning.model], preset.models)
         _known("tuning", "task", preset.tuning.tasks, preset.tasks)
         _known("tuning", "adapter", list(preset.tuning.rates), preset.adapters)
+    if preset.attacks:
+        _known("attacks", "model", [preset.attacks.model], preset.models)
+        _known("attacks", "adapter", [preset.attacks.adapter], preset.adapters)
+        _known("attacks", "task", preset.attacks.tasks, preset.tasks)
     return preset
 
 
@@ -181,6 +206,19 @@ def _tuning(content: object) -> Tuning:
         model=str(given["model"]),
         tasks=sections.names(given["tasks"], "tuning.tasks"),
         rates={adapter: sections.rates(each, f"tuning.rates.{adapter}") for adapter, each in rates.items()},
+    )
+
+
+def _attacks(content: object) -> Attacks:
+    given = sections.section(content, "attacks", Attacks)
+    return Attacks(
+        model=str(given["model"]),
+        adapter=str(given["adapter"]),
+        tasks=sections.names(given["tasks"], "attacks.tasks"),
+        cuts=sections.cuts(given["cuts"], "attacks.cuts"),
+        defences=_flags_of_each({"attacks.defences": given["defences"]}, "attacks.defences"),
+        methods=_flags_of_each({"attacks.methods": given["methods"]}, "attacks.methods"),
+        options=sections.flags(given.get("options"), "attacks.options"),
     )
 
 

@@ -34,6 +34,7 @@ KINDS: Mapping[str, type | tuple[type, ...]] = {
     "git_commit": (str, type(None)),
     "data_sha256": (str, type(None)),
 }
+# Also, in the file of a run that was attacked: "attacks", method → what came of it (`attacked.KEPT`).
 """What a table is made from."""
 
 
@@ -71,6 +72,7 @@ def record(
         "examples": after.examples,
         "eval_loss": summary["eval"]["loss"],
         "eval_loss_before": summary["eval"]["loss_before"],
+        **({"privacy": summary.get("privacy")} if job.attacks else {}),
         "losses": summary["losses"],
         "predictions": _predictions(after),
         "predictions_before": None if before is None else _predictions(before),

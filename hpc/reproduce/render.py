@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from hpc.errors import HpcError
 from hpc.files import drafted, try_lock
-from hpc.reproduce import csv_file, markdown, raw, tuning
+from hpc.reproduce import attack_csv, attack_page, csv_file, markdown, raw, tuning
+from hpc.reproduce.attack_plan import TABLE as ATTACK_TABLE
+from hpc.reproduce.attack_rows import Attacked, attacked_rows
+from hpc.reproduce.leakage_figure import draw_leakage
 from hpc.reproduce.loss_figure import draw_losses
 from hpc.reproduce.metric_figure import draw_metrics
 from hpc.reproduce.preset import Preset, load_preset
@@ -48,13 +52,14 @@ def render_preset(results: Path, preset: Preset, say: Callable[[str], None] = pr
     with _alone(results):
         runs = runs_of(results, preset, say)
         tables = tables_of(preset, runs)
-        texts = pages(preset, tables, runs)
+        attacked = attacked_rows(preset, runs)
+        texts = pages(preset, tables, runs) | attack_pages(preset, attacked, runs)
         for name, text in texts.items():
             with drafted(results / "tables" / name) as draft:
                 draft.write_text(text, encoding="utf-8")
         for name in every_page(preset) - texts.keys():
             (results / "tables" / name).unlink(missing_ok=True)  # of runs that are gone, or are to be done again
-        return [results / "tables" / name for name in texts] + _figures(results, preset, tables)
+        return [results / "tables" / name for name in texts] + _figures(results, preset, tables, attacked)
 
 
 def runs_of(results: Path, preset: Preset, say: Callable[[str], None] = print) -> Runs:
@@ -82,19 +87,32 @@ def pages(preset: Preset, tables: Mapping[str, Sequence[Row]], runs: Runs) -> di
     return found
 
 
+def attack_pages(preset: Preset, attacked: Sequence[Attacked], runs: Runs) -> dict[str, str]:
+    """The same of table 3."""
+    if not attacked:
+        return {}
+    name = f"{ATTACK_TABLE}-{preset.name}"
+    return {f"{name}.md": attack_page.page(preset, attacked, runs), f"{name}.csv": attack_csv.text(attacked)}
+
+
 def every_page(preset: Preset) -> set[str]:
     """Names of all files in `tables/` that a preset may have."""
-    tables = {f"{table}-{preset.name}.{ending}" for table in preset.tables for ending in ("md", "csv")}
+    tables = {f"{table}-{preset.name}.{ending}" for table in [*preset.tables, ATTACK_TABLE] for ending in ("md", "csv")}
     return tables | {f"tuning-{preset.name}.md"}
 
 
-def _figures(results: Path, preset: Preset, tables: dict[str, list[Row]]) -> list[Path]:
+def _figures(results: Path, preset: Preset, tables: dict[str, list[Row]], attacked: Sequence[Attacked]) -> list[Path]:
     rows = [row for each in tables.values() for row in each]
+    drawings = {
+        "losses": partial(draw_losses, rows),
+        "accuracy": partial(draw_metrics, rows),
+        "leakage": partial(draw_leakage, attacked),
+    }
     drawn = []
-    for name, draw in (("losses", draw_losses), ("accuracy", draw_metrics)):
+    for name, draw in drawings.items():
         path = results / "figures" / f"{name}-{preset.name}.png"
         with drafted(path) as draft:
-            if draw(rows, preset.scale, draft):
+            if draw(preset.scale, draft):
                 drawn.append(path)
             else:
                 path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from statistics import fmean
 
 from hpc.metrics.spread import Spread, mean_sd
 from hpc.metrics.table import UNPARSED
+from hpc.reproduce.attack_plan import attack_jobs
 from hpc.reproduce.methods import METHODS
 from hpc.reproduce.plan import Cell, cells_of, tuning_jobs
 from hpc.reproduce.preset import Preset
@@ -96,7 +97,8 @@ def sort_out(preset: Preset, found: Iterable[Raw]) -> tuple[dict[str, Raw], list
     raws = list(found)
     jobs = [cell.job for cell in _cells(preset, list(preset.tables), raws)]
     tuning = [] if preset.tuning is None else tuning_jobs(preset)
-    wanted = {job.name: job.fingerprint for job in [*jobs, *tuning]}
+    attacked = [] if preset.attacks is None else attack_jobs(preset, seeds=[*preset.seeds, *_seeds(raws)])
+    wanted = {job.name: job.fingerprint for job in [*jobs, *tuning, *attacked]}
     used = {raw["job"]: raw for raw in raws if wanted.get(raw["job"]) == raw["fingerprint"]}
     others = [raw["job"] for raw in raws if raw["job"] not in used]
     stale = [name for name in others if name in wanted]
@@ -147,8 +149,12 @@ def compare(results: Sequence[Result], others: Sequence[Result], method: str) ->
 
 def _cells(preset: Preset, tables: Sequence[str], raws: Sequence[Raw]) -> list[Cell]:
     """The preset's cells, and those of other seeds that somebody has run."""
-    others = sorted({int(raw["seed"]) for raw in raws})
+    others = _seeds(raws)
     return cells_of(preset, tables, (), ()) + (cells_of(preset, tables, (), others) if others else [])
+
+
+def _seeds(raws: Sequence[Raw]) -> list[int]:
+    return sorted({int(raw["seed"]) for raw in raws})
 
 
 def _planned(preset: Preset, key: Key, cells: Mapping[int, Cell], runs: Runs) -> int:

@@ -25,6 +25,7 @@ from hpc.link.identity import ensure_local
 from hpc.preflight import check_folder
 from hpc.report.provenance import without_folders
 from hpc.reproduce import raw
+from hpc.reproduce.attacked import attacks_on, drop_recordings, options_of
 from hpc.reproduce.check import check_configs, configs_of, folder_of
 from hpc.reproduce.plan import Job
 from hpc.reproduce.preset import Preset
@@ -104,6 +105,8 @@ class Bench:
         todo = [job for job in jobs if not self.is_done(job)]
         self.say(f"{len(jobs)} runs, {len(jobs) - len(todo)} done already")
         if todo:
+            for job in todo:
+                options_of(self.preset.name, job)
             self._prepare(todo)
             self._run(todo)
 
@@ -161,6 +164,7 @@ class Bench:
             content = self._record(job, flags, folder, time.monotonic() - begin)
             raw.write(self.path(job), content)
             _drop_checkpoints(folder)
+            drop_recordings(folder)
             self.say(f"[{place}] {job.name}: {_told(content)} ({content['seconds']:.0f} s)")
             return True
 
@@ -168,9 +172,10 @@ class Bench:
         command = shlex.join(["python", SCRIPT, *self._without_folders(flags)])
         config, preset, data = self._configs[job.name], self.preset, self.digest(job)
         try:
-            return raw.record(
+            content = raw.record(
                 job, preset.name, preset.scale, config, folder, command=command, seconds=seconds, data=data
             )
+            return content | ({"attacks": attacks_on(preset.name, job, folder)} if job.attacks else {})
         except DataError as error:
             raise RunFailed(f"{job.name} ended well, but {error} (its output: {_beside(folder, 'log')})") from None
 

@@ -40,6 +40,18 @@ def mapping(content: object, where: str) -> Mapping[str, Any]:
     return content
 
 
+def cuts(content: object, where: str) -> dict[int, float]:
+    """Numbers of blocks → norms above 0."""
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{where} must be a mapping from numbers of blocks to norms, not {content!r:.40}")
+    for blocks, norm in content.items():
+        if type(blocks) is not int or blocks < 0:
+            raise ValueError(f"{where}: {blocks!r} is no number of blocks; give 0, 1, …")
+        if isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm > 0:
+            raise ValueError(f"{where}.{blocks} is {norm!r}; a norm to clip to must be a number above 0")
+    return {blocks: float(norm) for blocks, norm in content.items()}
+
+
 def flags(content: object, where: str) -> dict[str, Any]:
     """Keys of the configuration → their values. Whether there is such a key, the configuration tells."""
     found = dict(mapping({} if content is None else content, where))

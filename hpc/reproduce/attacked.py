@@ -1,0 +1,49 @@
+"""The attacks on a run of table 3, when it has ended: what goes into its committed file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpc.cli import parse_class
+from hpc.errors import ConfigError
+from hpc.reproduce.plan import Job
+
+if TYPE_CHECKING:
+    from hpc.privacy.attack_config import AttackConfig
+
+KEPT = ("rows", "tokens", "shadow_rows", "steps", "seconds", "scores", "figures")
+"""Of an attack's own file; the rest is the run's, and in its file already."""
+
+
+def options_of(preset: str, job: Job) -> dict[str, AttackConfig]:
+    """Method → its options. Raises `ConfigError` for an unknown method or option."""
+    from hpc.privacy.attack_config import AttackConfig
+    from hpc.privacy.attacks.registry import method_of
+    from hpc.reproduce.run import as_flag
+
+    found = {}
+    for method, options in job.attacks.items():
+        flags = [f"--attack.{key}={as_flag(value)}" for key, value in {**options, "method": method}.items()]
+        try:
+            method_of(method)
+            found[method] = parse_class(AttackConfig, "attack", flags)
+        except ConfigError as error:
+            raise ConfigError(f"--preset {preset}: {error} (in attacks.methods.{method})") from None
+    return found
+
+
+def attacks_on(preset: str, job: Job, folder: Path) -> dict[str, Mapping[str, Any]]:
+    """Method → what came of it, from the run's recordings."""
+    from hpc.privacy.attack_run import attack_runs
+
+    options = options_of(preset, job)
+    results = attack_runs(folder, list(options.values()))
+    return {result.method: {key: result.document()[key] for key in KEPT} for result in results}
+
+
+def drop_recordings(folder: Path) -> None:
+    """They hold the clients' text, and hundreds of runs' would fill a disc."""
+    shutil.rmtree(folder / "recordings", ignore_errors=True)
