@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional
 
+from hpc.privacy.attack_options import InverterOptions, LabelOptions, OptimisationOptions
 from hpc.rules import require, require_at_least
 
 
@@ -44,6 +45,12 @@ class AttackConfig:
     """Of what the attack draws, and of the confidence intervals."""
     causal_search: CausalSearchConfig = field(default_factory=CausalSearchConfig)
     """Options of `causal_search`."""
+    inverter: InverterOptions = field(default_factory=InverterOptions)
+    """Options of `inverter`, the paper's attack (b)."""
+    optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
+    """Options of `optimisation`, attack (c)."""
+    label_inference: LabelOptions = field(default_factory=LabelOptions)
+    """Options of `label_inference`, attack (f)."""
 
     def __post_init__(self) -> None:
         require_at_least("attack.victim", self.victim, 0)

@@ -105,9 +105,7 @@ class HostileTrunk:
         self._channel.send(said, pack(self._out[act.micro].detach(), header.lengths).contiguous())
 
 
-def plausible(
-    own_SD: torch.Tensor, sent_SD: torch.Tensor, lengths: tuple[int, ...], *, careful: bool
-) -> torch.Tensor:
+def plausible(own_SD: torch.Tensor, sent_SD: torch.Tensor, lengths: tuple[int, ...], *, careful: bool) -> torch.Tensor:
     """The gradient as long as the one that the client sent; `careful`: and nothing where no honest one would be."""
     rows = []
     for own_TD, sent_TD in zip(own_SD.split(list(lengths)), sent_SD.split(list(lengths)), strict=True):

@@ -73,3 +73,10 @@ def duel(
     thread.join(60)
     assert not thread.is_alive(), "the client hangs"
     return trunk, client, failures
+
+
+def own_text(run: Config) -> list[list[int]]:
+    """Rows of the server's own: the text of a client that is not there."""
+    run = replace(run, train=replace(run.train, clients=2))
+    data = load_client_data(run, 1, load_tokenizer(ModelBuilder.of(run).resolver))
+    return [row.ids for row in data.train_rows]

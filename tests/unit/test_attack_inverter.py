@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from hpc.errors import DataError
-from hpc.privacy.attacks.inverter import InverterOptions, invert_by_learning
+from hpc.privacy.attack_options import InverterOptions
+from hpc.privacy.attacks.inverter import invert_by_learning
 from hpc.privacy.seen import Sample
 from tests.unit.learned_case import (
     COLLUDER,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hpc.errors import DataError
-from hpc.privacy.attacks.label_inference import LabelGuess, LabelOptions, infer_labels, label_positions
+from hpc.privacy.attack_options import LabelOptions
+from hpc.privacy.attacks.label_inference import LabelGuess, infer_labels, label_positions
 from hpc.privacy.seen import Sample
 from tests.unit.learned_case import VICTIM, config, public, samples
 
@@ -39,7 +40,7 @@ def test_a_gradient_of_noise_tells_no_label() -> None:
     (found,) = infer_labels(
         [replace(sample.seen, grad_trunk_out_SD=noise)],
         tail=public(settings).tail,
-        options=LabelOptions(candidates=tuple(sorted(set(sample.truth.label_ids)))),
+        options=LabelOptions(candidates=sorted(set(sample.truth.label_ids))),
     )
     assert not set(labels(found)) & set(true_labels(sample))
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hpc.privacy.attacks.optimisation import OptimisationOptions, invert_by_optimising, nearest
+from hpc.privacy.attack_options import OptimisationOptions
+from hpc.privacy.attacks.optimisation import invert_by_optimising, nearest
 from hpc.privacy.seen import Sample, Seen
 from tests.unit.learned_case import COLLUDER, VICTIM, Public, config, public, samples, shuffled, token_accuracy
 from tests.unit.learned_case import unigram_accuracy as floor

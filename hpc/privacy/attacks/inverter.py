@@ -12,52 +12,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from hpc.errors import DataError
+from hpc.privacy.attack_options import InverterOptions
 from hpc.privacy.attacks.networks import Network, make_network
 from hpc.privacy.seen import Sample, Seen
 from hpc.ragged import pack, pad
 
 
-@dataclass(kw_only=True, frozen=True)
-class InverterOptions:
-    """What learns, and for how long. The defaults of `gru` are SIP's, but for the output layer."""
-
-    architecture: Literal["gru", "transformer"] = "gru"
-    """Reads the activations of a row one after another (SIP), or all at once."""
-    target: Literal["same", "next"] = "same"
-    """The token at each position, or (as the published code has it) the one behind it."""
-    bidirectional: bool = True
-    """Whether it also reads from the right; never with target `next`, whose answer would stand there."""
-    output: Literal["tied", "own"] = "tied"
-    """`tied`: a direction in the public embedding table, which starts from the activation itself, so that few samples
-    do. `own`: a linear layer that starts from nothing, as in SIP."""
-    hidden: int = 256
-    """Width of the GRU (each way) or of the transformer."""
-    layers: int = 1
-    heads: int = 4
-    """Attention heads of the transformer."""
-    epochs: int = 20
-    learning_rate: float = 1e-3
-    """Of Adam."""
-    batch_tokens: int = 512
-    """Rows are taken together until they have so many tokens."""
-    negatives: int = 4096
-    """Tokens that a step's loss compares the true ones with, drawn anew for each step; 0: the whole vocabulary."""
-    seed: int = 0
-
-    @property
-    def reads_back(self) -> bool:
-        """Whether what is to the right of a position counts."""
-        return self.bidirectional and self.target == "same"
-
-
 def invert_by_learning(
-    victim: Sequence[Seen], *, shadow: Sequence[Sample], embedding_VD: torch.Tensor, options: InverterOptions
+    victim: Sequence[Seen],
+    *,
+    shadow: Sequence[Sample],
+    embedding_VD: torch.Tensor,
+    options: InverterOptions,
+    seed: int = 0,
 ) -> list[list[list[int]]]:
     """Guesses for `victim` of an inverter trained on `shadow`, a colluding client's samples.
 
@@ -66,7 +37,7 @@ def invert_by_learning(
     if not any(sample.seen.lengths for sample in shadow):
         raise DataError("the inverter has nothing to learn from: a colluding client's recordings are needed")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
+        torch.manual_seed(seed)
         inverter = _train(shadow, embedding_VD, options)
     first = Counter(row[0] for sample in shadow for row in sample.truth.ids).most_common(1)[0][0]
     return [_guess(inverter, seen, options, first) for seen in victim]

@@ -12,25 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
 from hpc.errors import DataError
 from hpc.model.part import LabelPositions, Part
+from hpc.privacy.attack_options import LabelOptions
 from hpc.privacy.seen import Seen
-
-
-@dataclass(kw_only=True, frozen=True)
-class LabelOptions:
-    """Which labels are thought of."""
-
-    candidates: tuple[int, ...] = ()
-    """Token ids, such as those of a task's choices; empty: those of the whole vocabulary that fit best at first
-    sight."""
-    shortlist: int = 32
-    """So many of the vocabulary are tried at each position."""
-    gap: float = 3.0
-    """Where the lengths of a row's gradients, in falling order, drop by this factor or more at once, labels end."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -59,18 +48,27 @@ def _of_batch(seen: Seen, tail: Part, options: LabelOptions) -> LabelGuess:
             "answered: labels are inferred from training steps only; record some"
         )
     lengths = list(seen.lengths)
-    found: list[tuple[int, int, int]] = []
-    strengths: list[float] = []
-    for row, (grad_TD, trunk_out_TD) in enumerate(
-        zip(seen.grad_trunk_out_SD.split(lengths), seen.trunk_out_SD.split(lengths), strict=True)
-    ):
-        norms_T = grad_TD.norm(dim=-1)
-        strengths += (norms_T / norms_T.max().clamp_min(1e-30)).tolist()
-        positions = label_positions(norms_T, gap=options.gap)
-        ids = label_ids(grad_TD, trunk_out_TD, positions, tail, options)
-        found += [(row, position, label) for position, label in zip(positions, ids, strict=True)]
-    rows, places, labels = zip(*found, strict=True) if found else ((), (), ())
-    return LabelGuess(rows=rows, positions=places, ids=labels, strengths=tuple(strengths))
+    grads, answers = seen.grad_trunk_out_SD.split(lengths), seen.trunk_out_SD.split(lengths)
+    norms = [grad_TD.norm(dim=-1) for grad_TD in grads]
+    strengths = [norms_T / norms_T.max().clamp_min(1e-30) for norms_T in norms]
+    places = _as_many_as_named([label_positions(n, gap=options.gap) for n in norms], strengths, seen.label_tokens)
+    ids = [label_ids(*row, tail, options) for row in zip(grads, answers, places, strict=True)]
+    return LabelGuess(
+        rows=tuple(row for row, positions in enumerate(places) for _ in positions),
+        positions=tuple(chain.from_iterable(places)),
+        ids=tuple(chain.from_iterable(ids)),
+        strengths=tuple(torch.cat(strengths).tolist()),
+    )
+
+
+def _as_many_as_named(places: list[list[int]], strengths: Sequence[torch.Tensor], label_tokens: int) -> list[list[int]]:
+    """`places`, unless the client names another number of labels with its batch (0: none): then the strongest."""
+    if label_tokens in (0, sum(map(len, places))):
+        return places
+    all_S = torch.cat(list(strengths))
+    chosen_S = torch.zeros_like(all_S, dtype=torch.bool)
+    chosen_S[all_S.topk(min(label_tokens, len(all_S))).indices] = True
+    return [row.nonzero()[:, 0].tolist() for row in chosen_S.split([len(row) for row in strengths])]
 
 
 def label_positions(norms_T: torch.Tensor, *, gap: float) -> list[int]:
@@ -122,13 +120,12 @@ def _gradient(trunk_out_TD: torch.Tensor, position: int, label: int, tail: Part)
     return torch.autograd.grad(loss, inputs_TD)[0]
 
 
-def _shortlist(
-    left_D: torch.Tensor, trunk_out_TD: torch.Tensor, position: int, tail: Part, size: int
-) -> tuple[int, ...]:
+def _shortlist(left_D: torch.Tensor, trunk_out_TD: torch.Tensor, position: int, tail: Part, size: int) -> list[int]:
     """Tokens whose logit would rise most, were the hidden state moved a little against the gradient."""
     moved_TD = trunk_out_TD.clone()
     step = 1e-2 * trunk_out_TD[position].norm() / left_D.norm().clamp_min(1e-30)
     moved_TD[position] -= step * left_D
     with torch.no_grad():
         rise_V = _logits(moved_TD, position, tail) - _logits(trunk_out_TD, position, tail)
-    return tuple(rise_V.topk(min(size, len(rise_V))).indices.tolist())
+    best: list[int] = rise_V.topk(min(size, len(rise_V))).indices.tolist()
+    return best

@@ -13,43 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from hpc.model.part import Part
+from hpc.privacy.attack_options import OptimisationOptions
 from hpc.privacy.seen import Seen
 from hpc.ragged import pack, pad
 
 
-@dataclass(kw_only=True, frozen=True)
-class OptimisationOptions:
-    """How long and how fast."""
-
-    rounds: int = 3
-    """After each but the last, a further share of the positions is held to its tokens."""
-    steps: int = 60
-    """Of Adam in each round."""
-    learning_rate: float = 0.1
-    """Of Adam, in units of the embedding table's own spread; it falls to 0 over each round."""
-    warm_start_tokens: int = 4096
-    """Random tokens that go through the public head, to learn the linear map back to embeddings that the first round
-    starts from; 0: it starts from the activations themselves."""
-    batch_rows: int = 8
-    seed: int = 0
-
-
 def invert_by_optimising(
-    victim: Sequence[Seen], *, embedding_VD: torch.Tensor, head: Part, options: OptimisationOptions
+    victim: Sequence[Seen], *, embedding_VD: torch.Tensor, head: Part, options: OptimisationOptions, seed: int = 0
 ) -> list[list[list[int]]]:
     """Guesses for `victim` by means of the public head alone: no text of anybody is needed.
 
     Without blocks in the head, this is the nearest neighbour in the embedding table.
     """
     table_VD = _table(head, len(embedding_VD))
-    back = _linear_way_back(head, table_VD, options)
+    back = _linear_way_back(head, table_VD, options, seed)
     guesses = []
     for seen in victim:
         rows = seen.rows_TD()
@@ -86,11 +69,13 @@ def _head_of(head: Part, soft_BTD: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _linear_way_back(head: Part, table_VD: torch.Tensor, options: OptimisationOptions) -> torch.Tensor | None:
+def _linear_way_back(
+    head: Part, table_VD: torch.Tensor, options: OptimisationOptions, seed: int
+) -> torch.Tensor | None:
     """The least-squares map from the head's outputs (and a one) to embeddings, `_(D+1)D`; None if not wanted."""
     if not options.warm_start_tokens or not head.spec.blocks:
         return None
-    draw = torch.Generator().manual_seed(options.seed)
+    draw = torch.Generator().manual_seed(seed)
     rows = max(1, options.warm_start_tokens // 128)
     ids_BT = torch.randint(len(table_VD), (rows, 128), generator=draw)
     known_SD = torch.cat([head(piece_BT).flatten(0, 1) for piece_BT in ids_BT.split(options.batch_rows)])
