@@ -29,6 +29,7 @@ from hpc.link.frame import HAS_START, NEEDS_STATE, NOT_WRITTEN, WOULD_STOP, Head
 from hpc.link.kinds import Kind
 from hpc.link.peers import PeerKeys
 from hpc.model.part import Part
+from hpc.privacy.defences.detector import make_detector
 from hpc.privacy.defences.prepare import shield_for
 from hpc.privacy.defences.telling import told
 from hpc.privacy.recording import ClientRecorder
@@ -121,6 +122,7 @@ class Client:
             watch=self._watch,
             shield=self.shield,
             recorder=self._make_recorder(),
+            detector=make_detector(config.privacy.detector),
         )
 
     def _make_recorder(self) -> ClientRecorder | None:

@@ -11,6 +11,7 @@ from hpc.data.collate import Batch
 from hpc.learner import Learner
 from hpc.link.peers import PeerKeys
 from hpc.model.part import LabelPositions, Part
+from hpc.privacy.defences.detector import Detector
 from hpc.privacy.defences.shield import Shield
 from hpc.privacy.recording import ClientRecorder
 from hpc.programs import Traits
@@ -45,6 +46,8 @@ class ClientSide:
     """What is done to all that leaves."""
     recorder: ClientRecorder | None = None
     """Keeps what is true of each batch, for attacks."""
+    detector: Detector | None = None
+    """Watches what the trunk returns."""
 
     def labels(self, batch: Batch) -> tuple[LabelPositions, torch.Tensor]:
         """Where the batch's labels are, and what, on the device."""

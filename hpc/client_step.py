@@ -63,7 +63,7 @@ class ClientStepRun:
                     self._tail_step(act.micro)
             case HeadBackward():
                 with self._side.watch.measure("head"):
-                    self._smashed.pop(act.micro.piece).backward(self._grad_smashed.pop(act.micro.piece))
+                    self._head_backward(act.micro.piece)
             case Send():
                 self._send(act)
             case Recv():
@@ -92,6 +92,12 @@ class ClientStepRun:
         self._seed("head", micro)
         # What the shield does is part of the head's graph: the backward pass goes through it.
         self._smashed[index] = self._side.shield.smashed(self._side.head(ids_BT.to(self._side.device)))
+
+    def _head_backward(self, index: int) -> None:
+        grad_BTD = self._grad_smashed.pop(index)
+        if self._side.detector is not None:
+            self._side.detector.returned(self._order.step, index, grad_BTD, self._pieces[index].lengths)
+        self._smashed.pop(index).backward(grad_BTD)
 
     def _tail_step(self, micro: Micro) -> None:
         """Forward, loss, and back to the gradient of what the trunk sent."""
@@ -124,6 +130,8 @@ class ClientStepRun:
             piece = self._pieces[index]
             grad_BTD, finite, scale = self._grads.pop(index)
             grad_BTD = self._side.shield.gradient(grad_BTD, piece.lengths, loss_scale=scale)
+            if self._side.detector is not None and self._side.traits.head_learns:
+                self._side.detector.sent(index, grad_BTD)
             flags = 0 if finite else LOSS_NOT_FINITE
             self._side.link.send_rows(act.kind, step, grad_BTD, piece.lengths, micro=index, flags=flags)
 

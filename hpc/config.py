@@ -292,6 +292,12 @@ class Config:
             "add noise to; use another schedule, or leave clipping, noise and label protection out",
         )
 
+        require(
+            self.privacy.detector == "off" or self.head_learns,
+            f"--privacy.detector {self.privacy.detector} has nothing to watch: no client head learns, so no gradient "
+            "comes back; leave it off",
+        )
+
     @property
     def head_learns(self) -> bool:
         """Whether a gradient goes back to the client head: something in it is trained."""

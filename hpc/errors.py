@@ -77,6 +77,10 @@ class NonFinite(HpcError):
     """A loss or gradient is NaN or infinite; names the client and the step."""
 
 
+class TrunkSuspected(HpcError):
+    """The gradients that a trunk returns do not follow from those it was sent; names the step and the figure."""
+
+
 class Paused(HpcError):
     """Asked to stop, the run wrote a checkpoint and ended; it can go on from there. EX_TEMPFAIL of sysexits.h."""
 

@@ -43,6 +43,9 @@ class PrivacyConfig:
     label_protection: Literal["none", "max_norm"] = "none"
     """`max_norm`: noise along each row of the gradient that goes back, so that norms no longer tell rows with a label
     from those without (Li et al., 2021). A heuristic that makes the gradient noisier; it promises no epsilon."""
+    detector: Literal["off", "warn", "stop"] = "off"
+    """Whether each client watches that the gradients which the trunk returns follow from those that it sent, and then
+    logs a warning, or ends the run before it uses them. Needs a client head that learns: others get no gradient."""
 
     def __post_init__(self) -> None:
         require_at_least("privacy.record_steps", self.record_steps, 0)

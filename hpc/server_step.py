@@ -235,6 +235,8 @@ class ServedStep(ABC):
                 self._secure_sum().send(act.kind, client)
 
     def _send_rows(self, kind: Kind, micro: Micro) -> None:
+        if kind is Kind.TRUNK_OUT and self._side.recorder is not None:
+            self._side.recorder.answered(micro, self._order.step, self._out[micro])
         header = Header(
             kind=kind,
             step=self._order.step,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional
 
+from hpc.privacy.attack_options import InverterOptions, LabelOptions, OptimisationOptions
 from hpc.rules import require, require_at_least
 
 
@@ -14,9 +15,13 @@ class CausalSearchConfig:
 
     candidates: int = 1024
     """At most so many tokens are tried at each position, the likeliest first; 0: the whole vocabulary."""
+    clear: float = 0.5
+    """A position is done when one candidate's distance is below this share of the next one's; 0: only when nothing can
+    be nearer, so that noise, or a head that has learned, makes each position cost all candidates."""
 
     def __post_init__(self) -> None:
         require_at_least("attack.causal_search.candidates", self.candidates, 0)
+        require(0 <= self.clear < 1, f"--attack.causal_search.clear is {self.clear}; it must be at least 0 and below 1")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -40,6 +45,12 @@ class AttackConfig:
     """Of what the attack draws, and of the confidence intervals."""
     causal_search: CausalSearchConfig = field(default_factory=CausalSearchConfig)
     """Options of `causal_search`."""
+    inverter: InverterOptions = field(default_factory=InverterOptions)
+    """Options of `inverter`, the paper's attack (b)."""
+    optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
+    """Options of `optimisation`, attack (c)."""
+    label_inference: LabelOptions = field(default_factory=LabelOptions)
+    """Options of `label_inference`, attack (f)."""
 
     def __post_init__(self) -> None:
         require_at_least("attack.victim", self.victim, 0)

@@ -121,6 +121,8 @@ def _scores(
         scores |= scorer.scores(_checked(found.guesses, victim), floors, truth)
     if found.labels is not None:
         scores["label_accuracy"] = _label_accuracy(found.labels, victim, shadow, options.seed)
+    if found.label_places is not None:
+        scores["label_places"] = _label_places(found.label_places, victim, options.seed)
     return scores
 
 
@@ -144,3 +146,16 @@ def _label_accuracy(
         hits = [[sum(a == b for a, b in zip(*pair, strict=True)), len(pair[1])] for pair in pairs]
         intervals[name] = Statistics(rows_RK=np.array(hits, dtype=np.float64), score=share).interval(seed)
     return Score(attack=intervals.pop("attack"), floors=intervals)
+
+
+def _label_places(places: Sequence[Sequence[tuple[int, int]]], victim: Sequence[Sample], seed: int) -> Score:
+    """Label positions that were named, batch by batch; the floor names as many positions at random."""
+    hits, chance = [], []
+    for named, sample in zip(places, victim, strict=True):
+        true = set(zip(sample.truth.label_rows, sample.truth.label_positions, strict=True))
+        hits.append([len(true & set(named)), len(true)])
+        chance.append([len(named) * len(true) / sum(sample.seen.lengths), len(true)])
+    attack, floor = (
+        Statistics(rows_RK=np.array(rows, dtype=np.float64), score=share).interval(seed) for rows in (hits, chance)
+    )
+    return Score(attack=attack, floors={"random": floor})

@@ -94,6 +94,7 @@ def _cut(sample: Sample, rows: int) -> Sample:
             lengths=seen.lengths[:rows],
             smashed_SD=seen.smashed_SD[:tokens],
             grad_trunk_out_SD=gradient,
+            trunk_out_SD=None if seen.trunk_out_SD is None else seen.trunk_out_SD[:tokens],
             label_tokens=len(labels),
         ),
         truth=Truth(
@@ -122,6 +123,7 @@ def _seen_in(path: Path, client: int, key: Key) -> Seen:
             lengths=tuple(tensors["lengths"].tolist()),
             smashed_SD=tensors["smashed_SD"],
             grad_trunk_out_SD=tensors.get("grad_trunk_out_SD"),
+            trunk_out_SD=tensors.get("trunk_out_SD"),
             label_tokens=int(tensors["label_tokens"]),
         )
     except KeyError as error:

@@ -59,6 +59,12 @@ class TrunkRecorder:
             "label_tokens": torch.tensor(int(header.weight)),
         }
 
+    def answered(self, micro: Micro, step: int, trunk_out_SD: torch.Tensor) -> None:
+        """What the trunk made of the batch: a gradient is matched there."""
+        held = self._held.get(name_of(micro.client, step, micro.piece))
+        if held is not None:
+            held["trunk_out_SD"] = trunk_out_SD.detach().to("cpu", torch.float32, copy=True)
+
     def gradient(self, micro: Micro, header: Header, grad_trunk_out_SD: torch.Tensor) -> None:
         """The batch is complete: written."""
         name = name_of(micro.client, header.step, micro.piece)

@@ -25,6 +25,8 @@ class Seen:
     """float32, on the CPU."""
     grad_trunk_out_SD: torch.Tensor | None = None
     """What the client sent back, float32; None where nothing was (an evaluation)."""
+    trunk_out_SD: torch.Tensor | None = None
+    """What the trunk answered with, float32: its own work, and what a gradient is matched at."""
     label_tokens: int = 0
     """The weight that the client names with its batch."""
 

@@ -101,13 +101,19 @@ def test_what_is_recorded_is_what_was_sent(schedule: str, tmp_path: Path) -> Non
         assert all(torch.equal(a.smashed_SD, b.seen.smashed_SD) for a, b in zip(seen, samples, strict=True))
 
 
-def test_the_truth_is_the_clients_batch(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recorded")
+    run_split(config(), folder)
+    return folder
+
+
+def test_the_truth_is_the_clients_batch(run_folder: Path) -> None:
     own = config()
-    run_split(own, tmp_path)
     tokenizer = load_tokenizer(ModelBuilder.of(own).resolver)
     for client in CLIENTS:
         data = load_client_data(own, client, tokenizer)
-        for step, sample in enumerate(load(tmp_path, client)):
+        for step, sample in enumerate(load(run_folder, client)):
             batch = data.train_batch(step)
             rows = [ids_T[:length].tolist() for ids_T, length in zip(batch.ids_BT, batch.lengths, strict=True)]
             assert [list(row) for row in sample.truth.ids] == rows
@@ -133,13 +139,6 @@ def test_rows_that_the_servers_cache_has_are_recorded_whole(tmp_path: Path) -> N
     assert max(sizes[2:]) < 1024 < min(sizes[:2])
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recorded")
-    run_split(config(), folder)
-    return folder
-
-
 def test_only_the_owner_can_read_recordings(run_folder: Path) -> None:
     files = sorted((run_folder / "recordings").rglob("*.safetensors"))
     assert len(files) == 3 * STEPS * len(CLIENTS)
@@ -148,14 +147,12 @@ def test_only_the_owner_can_read_recordings(run_folder: Path) -> None:
     assert not [path for path in (run_folder / "recordings").rglob("*") if path.name.startswith(".")]
 
 
-def test_the_log_warns_of_private_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_without_recordings_leaves_none_and_removes_those_of_an_earlier_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run_split(config(1, max_steps=1), tmp_path)
     warned = [record.getMessage() for record in caplog.records if "private text" in record.getMessage()]
     assert len(warned) == 1 + len(CLIENTS)
-
-
-def test_a_run_without_recordings_leaves_none_and_removes_those_of_an_earlier_run(tmp_path: Path) -> None:
-    run_split(config(1, max_steps=1), tmp_path)
     assert list((tmp_path / "recordings").rglob("*.safetensors"))
     run_split(config(0, max_steps=1), tmp_path)
     assert not list((tmp_path / "recordings").rglob("*.safetensors"))

@@ -10,6 +10,7 @@ Shape suffixes: T tokens of one row, V vocabulary, C candidates, D hidden size.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,7 +39,7 @@ def causal_search(seen: Sequence[Seen], public: PublicModel, options: CausalSear
             f"causal_search needs a head whose tokens see only those before them; in "
             f"{public.config.model.name_or_path} they see the whole prompt"
         )
-    search = _Search(public=public, candidates=options.candidates or public.vocabulary)
+    search = _Search(public=public, candidates=options.candidates or public.vocabulary, clear=options.clear)
     return [[search.row(row_TD) for row_TD in each.rows_TD()] for each in seen]
 
 
@@ -46,6 +47,7 @@ def causal_search(seen: Sequence[Seen], public: PublicModel, options: CausalSear
 class _Search:
     public: PublicModel
     candidates: int
+    clear: float
     looks: dict[int, _Looks] = field(default_factory=dict)
     """Of each token as the first one (0), and behind one that was found first in some row (1)."""
 
@@ -63,25 +65,24 @@ class _Search:
         return found
 
     def _nearest(self, target_D: torch.Tensor, looks: _Looks, shift_D: torch.Tensor, memory: Memory) -> int:
-        """The candidate whose output lies nearest; the search ends as soon as none can lie nearer.
+        """The candidate whose output lies nearest. The search ends as soon as none can lie nearer, or is expected to.
 
         `shift_D`: how far outputs lie from their looks here, as it is guessed for the first few candidates; of these it
         is known, which puts the others in a better order.
         """
-        enough = _ROUNDING[self.public.head.model.dtype] * float(target_D.norm())
+        best = _Best(target_D, rounding=_ROUNDING[self.public.head.model.dtype], clear=self.clear)
         few_C = looks.order(target_D - shift_D, min(_FIRST, self.candidates))
         outputs_CD = _outputs(self.public.head, few_C, memory)
-        best, least = _least(few_C, outputs_CD, target_D)
-        if least <= enough or len(few_C) == self.candidates:
-            return best
+        best.take(few_C, outputs_CD)
+        if best.is_enough or len(few_C) == self.candidates:
+            return best.token
         shift_D = (outputs_CD - looks.outputs_VD[few_C]).mean(0)
         for ids_C in looks.order(target_D - shift_D, self.candidates).split(_MORE):
-            best, least = min(
-                (best, least), _least(ids_C, _outputs(self.public.head, ids_C, memory), target_D), key=lambda p: p[1]
-            )
-            if least <= enough:
+            ids_C = ids_C[~torch.isin(ids_C, few_C)]
+            best.take(ids_C, _outputs(self.public.head, ids_C, memory))
+            if best.is_enough:
                 break
-        return best
+        return best.token
 
     def _looks_at(self, position: int, found: Sequence[int]) -> _Looks:
         behind = min(position, 1)
@@ -117,11 +118,27 @@ class _Looks:
         return scores_V.topk(min(most, len(scores_V)), largest=False).indices
 
 
-def _least(ids_C: torch.Tensor, outputs_CD: torch.Tensor, target_D: torch.Tensor) -> tuple[int, float]:
-    """The nearest token and its distance."""
-    distances_C = (outputs_CD - target_D).norm(dim=-1).nan_to_num(torch.inf)
-    place = int(distances_C.argmin())
-    return int(ids_C[place]), float(distances_C[place])
+class _Best:
+    """The nearest of the candidates so far, and how much nearer it is than the next."""
+
+    def __init__(self, target_D: torch.Tensor, *, rounding: float, clear: float) -> None:
+        self._target_D, self._clear = target_D, clear
+        self._rounding = rounding * float(target_D.norm())
+        self.token, self._least, self._next = -1, math.inf, math.inf
+
+    def take(self, ids_C: torch.Tensor, outputs_CD: torch.Tensor) -> None:
+        """Some candidates more."""
+        distances_C = (outputs_CD - self._target_D).norm(dim=-1).nan_to_num(math.inf)
+        for place in distances_C.topk(min(2, len(ids_C)), largest=False).indices.tolist():
+            distance = float(distances_C[place])
+            if self.token < 0 or distance < self._least:
+                self.token, self._least, self._next = int(ids_C[place]), distance, self._least
+            else:
+                self._next = min(self._next, distance)
+
+    @property
+    def is_enough(self) -> bool:
+        return self._least <= max(self._rounding, self._clear * self._next if self._next < math.inf else 0.0)
 
 
 def _outputs(head: Part, ids_C: torch.Tensor, memory: Memory) -> torch.Tensor:

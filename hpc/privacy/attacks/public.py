@@ -49,6 +49,14 @@ class PublicModel:
         return ModelBuilder.of(self.config).part("whole", adapted=False).eval()
 
     @cached_property
+    def tail(self) -> Part:
+        """Last blocks, norm and LM head."""
+        _, tail = ModelBuilder.of(self.config).client_parts(adapted=False)
+        if tail.prefix is None and self.head.position_offset:
+            tail.position_offset = self.head.position_offset
+        return tail.eval().requires_grad_(False)
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The model's own."""
         return load_tokenizer(ModelBuilder.of(self.config).resolver)

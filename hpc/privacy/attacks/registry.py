@@ -47,6 +47,8 @@ class Found:
     """Of token ids, scored beside their floors."""
     labels: list[list[int]] | None = None
     """For each batch that was seen, a label id for each of its label positions, in the order of `Truth.label_ids`."""
+    label_places: list[list[tuple[int, int]]] | None = None
+    """For each batch, row and position of each of these labels: where the attack thinks they are."""
     figures: dict[str, float] = field(default_factory=dict)
     """Further numbers, written as they are."""
 
@@ -82,10 +84,54 @@ def _sealed_frames() -> Runner:
     return lambda material: Found(guesses=sealed_frames(material.seen, material.sealed, material.public))
 
 
+def _inverter() -> Runner:
+    from hpc.privacy.attacks.inverter import invert_by_learning
+
+    return lambda material: Found(
+        guesses=invert_by_learning(
+            material.seen,
+            shadow=material.shadow,
+            embedding_VD=material.public.embedding_VD,
+            options=material.options.inverter,
+            seed=material.options.seed,
+        )
+    )
+
+
+def _optimisation() -> Runner:
+    from hpc.privacy.attacks.optimisation import invert_by_optimising
+
+    return lambda material: Found(
+        guesses=invert_by_optimising(
+            material.seen,
+            embedding_VD=material.public.embedding_VD,
+            head=material.public.head,
+            options=material.options.optimisation,
+            seed=material.options.seed,
+        )
+    )
+
+
+def _label_inference() -> Runner:
+    from hpc.privacy.attacks.label_inference import infer_labels
+
+    def run(material: Material) -> Found:
+        found = infer_labels(material.seen, tail=material.public.tail, options=material.options.label_inference)
+        return Found(
+            labels=[list(guess.ids) for guess in found],
+            label_places=[list(zip(guess.rows, guess.positions, strict=True)) for guess in found],
+        )
+
+    return run
+
+
 METHODS: dict[str, Method] = {
     "nearest_embedding": Method(runner=_nearest_embedding),
     "causal_search": Method(runner=_causal_search),
     "sealed_frames": Method(runner=_sealed_frames),
+    "inverter": Method(runner=_inverter, needs_shadow=True),
+    "optimisation": Method(runner=_optimisation),
+    "label_inference": Method(runner=_label_inference),
 }
 
 
