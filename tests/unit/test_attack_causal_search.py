@@ -28,12 +28,15 @@ def test_causal_search_is_exact_through_public_blocks(family: str, blocks: int, 
         assert nearest_embedding(seen, public) != [rows[:2], rows[2:]]
 
 
-def test_a_few_candidates_are_enough_where_the_likeliest_come_first(tmp_path: Path) -> None:
+def test_the_likeliest_come_first(tmp_path: Path) -> None:
+    """8 of 256 candidates, drawn, would hold the right one in 3 of 100 positions."""
     public = public_model("tiny-llama", 1, tmp_path)
     rows = draw_rows(public.vocabulary, (12, 9))
     with torch.no_grad():
         seen = seen_from(rows, [public.head(torch.tensor([row]))[0] for row in rows])
-    assert causal_search(seen, public, CausalSearchConfig(candidates=64)) == [rows[:1], rows[1:]]
+    guesses = [batch[0] for batch in causal_search(seen, public, CausalSearchConfig(candidates=8))]
+    hits = sum(a == b for guess, row in zip(guesses, rows, strict=True) for a, b in zip(guess, row, strict=True))
+    assert hits > 21 / 2
 
 
 def test_with_one_candidate_it_is_only_the_order(tmp_path: Path) -> None:

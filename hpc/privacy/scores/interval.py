@@ -45,7 +45,8 @@ class Statistics:
         """
         generator = np.random.default_rng(seed)
         rows = len(self.rows_RK)
-        values_N = [self.score(self.rows_RK[generator.integers(rows, size=rows)].sum(0)) for _ in range(RESAMPLES)]
+        times_NR = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
+        values_N = [self.score(sums_K) for sums_K in times_NR @ self.rows_RK]
         low, high = np.quantile(values_N, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
         return Interval(value=self.value(), low=float(low), high=float(high))
 
