@@ -38,6 +38,8 @@ class ServerSide:
     """Training examples of every client, of all ranks."""
     part_values: int = 0
     """Values that learn in one client's parts."""
+    spent: set[int] = field(default_factory=set)
+    """Clients whose privacy budget does not allow what comes next."""
     skipped: int = 0
     """Steps left out one after another, up to now."""
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from hpc.cli import make_parser, parse
+from hpc.cli import parse_quickly
 from hpc.config import AdapterConfig, Config, DataConfig, ModelConfig, PrivacyConfig, TrainConfig
-from hpc.data.dataset import ClientData
+from hpc.data.dataset import ClientData, EvalItem
 from hpc.data.rows import Row
-from hpc.errors import BadInput, BudgetSpent, CheckpointError, ConfigError
+from hpc.errors import BadInput, BudgetSpent, CheckpointError, ConfigError, Paused
 from hpc.link.kinds import Kind
 from hpc.privacy.defences.accounting import Releases
 from hpc.privacy.defences.ledger import Ledger
@@ -52,9 +52,7 @@ def test_a_run_that_goes_beyond_its_budget_stops_before_the_release_and_keeps_it
         client.channel.send = lambda header, tensor=None: (sent.append(header.kind), send(header, tensor))
 
     for start in (2, 1):
-        with pytest.raises(
-            BudgetSpent, match=rf"before step {start + 1}: .*above --privacy.epsilon 20; .*Raise"
-        ) as end:
+        with pytest.raises(BudgetSpent, match=rf"before step {start + 1}: .*above --privacy.epsilon 20. Raise") as end:
             run_split(config_of(4, epsilon=20.0), tmp_path, start=start, prepare=prepare)
         assert end.value.exit_code == 2
         assert "released 3 times" in str(end.value)
@@ -74,6 +72,18 @@ def test_a_run_that_goes_beyond_its_budget_stops_before_the_release_and_keeps_it
     assert figures is not None
     assert (figures["client"], figures["releases"], figures["budget"]) == ("client-0", 3, 40.0)
     assert 20 < figures["epsilon"] < 40
+
+
+def test_a_budget_that_ends_between_two_steps_ends_the_run_there_with_a_checkpoint(tmp_path: Path) -> None:
+    """The trunk is told in time, so nothing that was learned is lost, and nobody merely misses a client."""
+    config = config_of(2, epsilon=20.0)
+    shield_for(config, data_of(), tmp_path)  # the noise is worked out for two steps; the run is to have five
+    config = replace(config, train=replace(config.train, max_steps=5, save_every=0))
+    with pytest.raises((BudgetSpent, Paused), match="after step 2, with a checkpoint"):
+        run_split(config, tmp_path)
+    assert committed_steps(tmp_path) == [2]
+    assert fault(tmp_path, 2) is None
+    assert Ledger(ledger_path(tmp_path, 0)).smashed == {0: 2, 1: 2, 2: 2}
 
 
 def test_repeated_steps_count_again(tmp_path: Path) -> None:
@@ -110,12 +120,8 @@ def test_the_budget_is_for_the_unit_that_is_released_most(tmp_path: Path) -> Non
 
 def test_evaluations_come_out_of_the_same_budget(tmp_path: Path) -> None:
     config = replace(config_of(1, epsilon=5.0), data=DataConfig(train_examples=3, val_examples=2))
-    data = replace(data_of(), val_items=[])
-    assert shield_for(config, data, tmp_path).account is not None
-    from hpc.data.dataset import EvalItem
-
     data = replace(data_of(), val_items=[EvalItem(prompt=[1, 2], choices=[[3], [4]], gold=0)])
-    shield = shield_for(config, data, tmp_path / "other")  # two evaluations, before and after the one step
+    shield = shield_for(config, data, tmp_path)  # two evaluations, before and after the one step
     shield.evaluation(0)
     shield.evaluation(1)
     with pytest.raises(BudgetSpent, match="the evaluation after step 2"):
@@ -217,7 +223,7 @@ def test_bad_input_is_refused_in_one_line(flags: dict[str, Any], what: str) -> N
     """By the command line's parser; every `BadInput` ends with exit code 2."""
     given = [word for name, value in flags.items() for word in (f"--privacy.{name}", str(value))]
     with pytest.raises(BadInput) as refused:
-        parse(make_parser("test"), given)
+        parse_quickly(given)
     assert what in str(refused.value)
     assert "\n" not in str(refused.value)
     assert refused.value.exit_code == 2
