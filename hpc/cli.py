@@ -118,6 +118,8 @@ def _one_line(message: str) -> str:
         choices = re.findall(r"'([^']*)'", found[2]) if "Literal" in found[2] else []
         rule = f"one of {', '.join(choices)}" if choices else found[2].replace("<class '", "").replace("'>", "")
         return f"--{found[1]} is {found[3]}; it must be {rule}"
+    if found := re.search(r'Parser key "([\w.]+)":.*Expected a <class .float.> .*NoneType.*Given value: (.*)$', text):
+        return f"--{found[1]} is {found[2]}; it must be a number, or null"
     if found := re.search(r"File does not exist: '?([^' ]+)'?", text):
         return f"--config {found[1]} does not exist; give a YAML file"
     return text

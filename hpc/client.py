@@ -6,8 +6,11 @@ Text, labels, logits and loss never leave this process. One training step is in 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -20,7 +23,7 @@ from hpc.config import Config
 from hpc.contribution import MaskedContribution
 from hpc.data.dataset import ClientData
 from hpc.early_stopping import Patience
-from hpc.errors import CheckpointError, Paused, ProtocolError
+from hpc.errors import BudgetSpent, CheckpointError, Paused, ProtocolError
 from hpc.export.save import save_client_adapter
 from hpc.fellows import Fellows
 from hpc.learner import Learner
@@ -36,7 +39,7 @@ from hpc.privacy.recording import ClientRecorder
 from hpc.programs import Traits, client_step, client_sync
 from hpc.report.events import ClientStep, EventLog
 from hpc.saving import Saver, from_payload
-from hpc.schedule import Evaluate, HandOver, Save, Sync, TrainStep, instructions, total_steps
+from hpc.schedule import Evaluate, HandOver, Instruction, Save, Sync, TrainStep, instructions, total_steps
 from hpc.smashed_cache import CacheBook
 from hpc.stopping import paused_words
 from hpc.stopwatch import Stopwatch
@@ -82,6 +85,8 @@ class Client:
         self.traits = Traits.of(config)
         self.link = TrunkLink(channel, client_id=client_id, device=device, reads_ahead=self.traits.first_come)
         self._watch = Stopwatch()
+        self._schedule: list[Instruction] = []  # where there is a budget: to look ahead
+        self._excess = ""  # why the budget does not allow what comes next
         self._patience = Patience(config.train.early_stopping_patience)
         self.fellows = Fellows(
             client_id=client_id,
@@ -168,8 +173,21 @@ class Client:
             self.link.send(Header(kind=Kind.BYE))
             self.link.recv_next(Kind.BYE)
         except PauseAsked as asked:
-            done = asked.step > 0 and (asked.step == self._resumed_from or self.save(asked.step))
-            raise Paused(paused_words(asked.step, checkpoint=done)) from None
+            self._pause(asked.step)
+        except BudgetSpent:
+            if not self._excess:
+                raise
+            try:
+                self.link.recv_next(Kind.BYE)  # it was told, and asks for a pause
+            except PauseAsked as asked:
+                self._pause(asked.step)
+
+    def _pause(self, step: int) -> NoReturn:
+        done = step > 0 and (step == self._resumed_from or self.save(step))
+        words = paused_words(step, checkpoint=done)
+        if self._excess:
+            raise BudgetSpent(f"{self._excess}; {words}") from None
+        raise Paused(words) from None
 
     def _tell_privacy(self, when: str, step: int) -> None:
         """What noise there is, and what it promises, in the log and in the events."""
@@ -179,10 +197,16 @@ class Client:
             self.log.note("privacy", step=step, **figures)
 
     def _follow_the_schedule(self) -> None:
-        for instruction in instructions(self.train, evaluate=self.config.data.evaluates, start=self.start):
+        schedule: Iterable[Instruction] = instructions(
+            self.train, evaluate=self.config.data.evaluates, start=self.start
+        )
+        account = self.shield.account
+        if account is not None and account.is_limited:
+            schedule = self._schedule = list(schedule)
+        for place, instruction in enumerate(schedule):
             match instruction:
                 case TrainStep():
-                    self.train_step(instruction)
+                    self.train_step(instruction, is_spent=partial(self._is_spent, place))
                 case Sync():
                     self.sync(instruction)
                 case Evaluate():
@@ -194,7 +218,21 @@ class Client:
                 case Save():
                     self.save(instruction.step)
 
-    def train_step(self, order: TrainStep) -> None:
+    def _is_spent(self, place: int) -> bool:
+        """Whether the budget ends before this client's next step, as the schedule goes on behind `place`."""
+        rows, evaluations = list[int](), 0
+        for instruction in islice(self._schedule, place + 1, None):
+            evaluations += isinstance(instruction, Evaluate)
+            if isinstance(instruction, TrainStep) and self.client_id in instruction.clients:
+                rows = self.data.row_numbers(instruction.batch_of(self.client_id))
+                break
+        if self._schedule and self.shield.account is not None:
+            book = self.side.book
+            sent = [row for row in rows if book is None or not book.holds(row)]
+            self._excess = self.shield.account.excess(rows, sent, evaluations=evaluations)
+        return bool(self._excess)
+
+    def train_step(self, order: TrainStep, *, is_spent: Callable[[], bool] = lambda: False) -> None:
         """One batch through head, trunk and tail and back, then one optimiser step."""
         program = list(client_step(order, self.traits, self.client_id))
         if not program:
@@ -207,7 +245,7 @@ class Client:
         number = order.batch_of(self.client_id) if taking_part else 0
         batch = self.data.train_batch(number) if taking_part else None
         with watch.measure("total"):
-            run = ClientStepRun(self.side, order, batch, self.data.row_numbers(number))
+            run = ClientStepRun(self.side, order, batch, self.data.row_numbers(number), is_spent=is_spent)
             for act in program:
                 run.carry_out(act)
         if batch is None:

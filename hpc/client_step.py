@@ -6,7 +6,7 @@ Shape suffixes: B rows, T tokens, D hidden size, L label positions (over all row
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -18,7 +18,7 @@ from hpc.data.collate import Batch, in_pieces
 from hpc.errors import NonFinite
 from hpc.layouts import layout_numbers
 from hpc.learner import seed_dropout, tail_loss_sum
-from hpc.link.frame import LEFT_OUT, LOSS_NOT_FINITE, Header
+from hpc.link.frame import LEFT_OUT, LOSS_NOT_FINITE, SPENT, Header
 from hpc.link.kinds import Kind
 from hpc.link.masks import fits_fixed
 from hpc.optim import decide
@@ -29,9 +29,19 @@ from hpc.schedule import TrainStep
 class ClientStepRun:
     """Carries out one step's program; keeps what lies between its instructions."""
 
-    def __init__(self, side: ClientSide, order: TrainStep, batch: Batch | None, rows: Sequence[int]) -> None:
-        """`batch`: None for a client that is not in this step; `rows`: the batch's examples, by number."""
-        self._side, self._order = side, order
+    def __init__(
+        self,
+        side: ClientSide,
+        order: TrainStep,
+        batch: Batch | None,
+        rows: Sequence[int],
+        *,
+        is_spent: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`batch`: None for a client that is not in this step; `rows`: the batch's examples, by number; `is_spent`:
+        whether, behind this step, the privacy budget does not allow what comes next.
+        """
+        self._side, self._order, self._is_spent = side, order, is_spent
         train = side.train
         self._loss_sum = 0.0
         if batch is not None:
@@ -176,6 +186,7 @@ class ClientStepRun:
                 context=f"divisor {self._divisor.hex()} scale {self._loss_scale.hex()}",
             )
             vector, square_sum = None, 0.0  # the norm of a single client's gradient is not the server's business
+        flags |= SPENT if self._is_spent() else 0
         side.link.send(Header(kind=Kind.PART_GRADS, step=step, square_sum=square_sum, flags=flags), vector)
 
     def _recv(self, act: Recv) -> None:

@@ -253,8 +253,10 @@ class Server:
                 self.served.send(receiver, Header(kind=Kind.HANDOVER, step=order.step), sealed)
 
     def _pause_if_asked(self, step: int) -> None:
-        """End the run here, to be resumed: all ranks, if any of them was asked to."""
-        if not self.group.sum(self._stop_asked()):
+        """End the run here, to be resumed: all ranks, if any of them was asked to, or a client may send no more."""
+        # Where the run can do without a client, none may end it for the others.
+        spent = sorted(self.side.spent) if not self.train.min_clients else []
+        if not self.group.sum(self._stop_asked() or bool(spent)):
             return
         self._before_pause()
         for client in self.served.present(self.channels):
@@ -262,7 +264,8 @@ class Server:
         # Where this attempt begins there is a checkpoint already, which must not be put at risk.
         done = step > 0 and (step == self.start or self.save(step, dropping=True))
         self.served.flush()
-        raise Paused(paused_words(step, checkpoint=done))
+        why = f"the privacy budget of clients {spent} is used up; " if spent else ""
+        raise Paused(why + paused_words(step, checkpoint=done))
 
     def save(self, step: int, *, dropping: bool = False) -> bool:
         """Write the trunk's state; the checkpoint exists once every role has written its own. Whether it does.

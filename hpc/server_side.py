@@ -41,6 +41,8 @@ class ServerSide:
     """Values that learn in one client's parts."""
     recorder: TrunkRecorder | None = None
     """Keeps what is received, for attacks."""
+    spent: set[int] = field(default_factory=set)
+    """Clients whose privacy budget does not allow what comes next."""
     skipped: int = 0
     """Steps left out one after another, up to now."""
 

@@ -17,7 +17,7 @@ from hpc.acts import Backward, Combine, Forward, Lost, Micro, Recv, RecvAny, Sen
 from hpc.errors import LinkError, NonFinite, ProtocolError
 from hpc.layouts import layout_tensor
 from hpc.learner import seed_dropout
-from hpc.link.frame import LOSS_NOT_FINITE, Frame, Header
+from hpc.link.frame import LOSS_NOT_FINITE, SPENT, Frame, Header
 from hpc.link.kinds import Kind
 from hpc.optim import MAX_SKIPS, Decision, decide
 from hpc.ragged import pack, pad
@@ -124,6 +124,8 @@ class ServedStep(ABC):
                     raise ProtocolError(f"client {micro.client} sent a square sum of {header.square_sum}")
                 self._check_gradient(micro.client, frame.tensor)
                 self._shares[micro.client] = frame
+                if header.flags & SPENT:
+                    self._side.spent.add(micro.client)
                 finite = math.isfinite(header.square_sum) and not header.flags & LOSS_NOT_FINITE
                 self._note_cause(micro.client, "gradient", finite)
             case _:

@@ -99,6 +99,7 @@ class Frame:
 
 
 LOSS_NOT_FINITE = 1  # flag of GRAD_TRUNK_OUT: all that is told about a loss
+SPENT = 2  # flag of PART_GRADS: the client's privacy budget does not allow what comes next
 LEFT_OUT = 1  # flag of STEP: nobody steps, and it is nobody's fault
 WOULD_STOP = 1  # flag of VOTE and VERDICT
 DONATES = 1  # flag of WELCOME: whoever gets it gives what it has learned to the one that comes

@@ -34,17 +34,15 @@ class Account:
 
     def training(self, step: int, rows: Sequence[int], sent: Sequence[int]) -> None:
         """Before `sent` of the training rows `rows` leave. Raises `BudgetSpent`."""
-        old = self._ledger
-        for row in set(rows):
-            used = Releases(smashed=old.smashed[row] + sent.count(row), gradients=old.gradients[row] + rows.count(row))
-            self._require_within(used, f"step {step + 1}")
-        old.training(step, rows, sent)
+        for used in self._used_with(rows, sent):
+            self._require_within(used, f"before step {step + 1}")
+        self._ledger.training(step, rows, sent)
 
     def evaluation(self, step: int) -> None:
         """Before an evaluation. Raises `BudgetSpent`."""
         if self._held_out_rows:
             used = Releases(smashed=self._ledger.held_out + self._held_out_rows)
-            self._require_within(used, f"the evaluation after step {step}")
+            self._require_within(used, f"before the evaluation after step {step}")
             self._ledger.evaluation(step, self._held_out_rows)
 
     @property
@@ -76,14 +74,38 @@ class Account:
                 f"released its activations {before}; put the file back, or begin a new run in another --run.output_dir"
             )
 
-    def _require_within(self, used: Releases, what: str) -> None:
-        if self.mechanism.loss(used) <= self._most_loss * _ROUNDING:
-            return
-        raise BudgetSpent(
-            f"the privacy budget is used up before {what}: one {self._unit} would have been released {used.smashed} "
-            f"times, epsilon {self.epsilon(used):.4g} at delta {self.delta:g}, above --privacy.epsilon "
-            f"{self._budget:g}; the last checkpoint stays. Raise --privacy.epsilon, or stop at fewer "
-            "--train.max_steps or evaluations"
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a budget."""
+        return math.isfinite(self._most_loss)
+
+    def excess(self, rows: Sequence[int], sent: Sequence[int], *, evaluations: int) -> str:
+        """Why the budget does not allow this batch, and to evaluate so often before it; empty if it does."""
+        used = self._used_with(rows, sent)
+        used += [Releases(smashed=self._ledger.held_out + evaluations * self._held_out_rows)] if evaluations else []
+        beyond = [each for each in used if self._exceeds(each)]
+        return self._words(beyond[0], "for what comes next") if beyond else ""
+
+    def _used_with(self, rows: Sequence[int], sent: Sequence[int]) -> list[Releases]:
+        """Of each of these training rows, when they will have left."""
+        smashed, gradients = self._ledger.smashed, self._ledger.gradients
+        return [
+            Releases(smashed=smashed[row] + sent.count(row), gradients=gradients[row] + rows.count(row))
+            for row in set(rows)
+        ]
+
+    def _require_within(self, used: Releases, when: str) -> None:
+        if self._exceeds(used):
+            raise BudgetSpent(f"{self._words(used, when)}. Checkpoints stay as they are")
+
+    def _exceeds(self, used: Releases) -> bool:
+        return self.mechanism.loss(used) > self._most_loss * _ROUNDING
+
+    def _words(self, used: Releases, when: str) -> str:
+        return (
+            f"the privacy budget is used up {when}: one {self._unit} would have been released {used.smashed} times, "
+            f"epsilon {self.epsilon(used):.4g} at delta {self.delta:g}, above --privacy.epsilon {self._budget:g}. "
+            "Raise --privacy.epsilon, or stop at fewer --train.max_steps or evaluations"
         )
 
     @property

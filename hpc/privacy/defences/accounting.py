@@ -117,7 +117,7 @@ def most_loss(epsilon: float, delta: float) -> float:
         target_epsilon=epsilon,
         target_delta=delta,
         bracket_interval=ExplicitBracketInterval(low, high),
-        tol=_TOLERANCE * high,
+        tol=_TOLERANCE * low,
     )
     return float(noise) ** -2
 
