@@ -25,7 +25,6 @@ from hpc.report.events import EventLog
 
 HIDDEN_STATES = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT, Kind.EVAL_SMASHED)
 TRAINED = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT)
-ASKED = (Kind.EVAL_SMASHED, Kind.DECODE)
 OF_PARTS = (Kind.PART_GRADS, Kind.PARTS, Kind.MASKED)
 TOLD = (Kind.SMASHED, Kind.EVAL_SMASHED)  # of these, what a model's positions depend on is told
 
@@ -206,7 +205,7 @@ class Served:
         """A client that announces more than the run has use for is lost before memory is taken for it."""
         row_bytes = WIDEST * self._longest * self.hidden_size
         channel.limits.set(TRAINED, max(self._pieces) * row_bytes)
-        channel.limits.set(ASKED, MAX_ROWS * row_bytes)
+        channel.limits.set((Kind.EVAL_SMASHED,), MAX_ROWS * row_bytes)
         if self._part_bytes is not None:
             channel.limits.set(OF_PARTS, self._part_bytes)
 
