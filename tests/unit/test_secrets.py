@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from hpc.checkpoint import write_role
 from hpc.cli import make_parser, parse
 from hpc.config import LinkConfig
 from hpc.errors import ConfigError, ModelError
@@ -81,6 +83,17 @@ def test_objects_that_hold_secrets_do_not_show_them(pristine_keys: Path) -> None
     text = f"{me!r} {keys!r} {vars(keys)!r} {key_exchange.derive_keys(b'a', b'b', b'c', salt=b'd')!r}".encode()
     assert not [form for form in forms_of_key(pristine_keys / "client-0.key") if form in text]
     assert b"Keys()" in text
+
+
+def test_a_checkpoint_is_its_owners_alone(tmp_path: Path) -> None:
+    """It holds what was learned from private text."""
+    before = os.umask(0)
+    try:
+        write_role(tmp_path, 3, "client-0", {"a": torch.zeros(2)}, {"scale": 1.0})
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.rglob("*.safetensors")
+    assert file.stat().st_mode & 0o077 == 0
 
 
 SECRET = re.compile(r"secret|seed|shared|tag|mac\b|digest|proof|signature|private|(send|recv|session)_key")
