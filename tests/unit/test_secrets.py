@@ -9,6 +9,8 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,22 +18,25 @@ import torch
 
 from hpc.checkpoint import write_role
 from hpc.cli import make_parser, parse
-from hpc.config import LinkConfig
-from hpc.errors import ConfigError, ModelError
+from hpc.config import Config, LinkConfig, RunConfig
+from hpc.errors import ConfigError, HandshakeError, ModelError
 from hpc.link import connect, key_exchange
 from hpc.link.handshake import Session
 from hpc.link.identity import Authorised, load_private
 from hpc.link.peers import PeerKeys
 from hpc.link.transport import loopback_pair
 from hpc.model.shards.safetensors import SafetensorsShard
+from hpc.opening import facts_of_run, folder_told
 from tests.key_forms import forms, forms_of_key
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*sorted((ROOT / "hpc").rglob("*.py")), *sorted((ROOT / "launch").glob("*.py"))]
 
 
-def link_up(keys: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Session], list[bytes]]:
-    """Both ends' sessions, and every secret that was made on the way."""
+def link_up(
+    keys: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, str] | None = None
+) -> tuple[list[Session], list[bytes]]:
+    """Both ends' sessions, and every secret that was made on the way. The server tells `facts`."""
     made: list[bytes] = []
 
     def noting(function: str) -> None:
@@ -48,7 +53,7 @@ def link_up(keys: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Session],
     sessions: list[Session] = []
     ends, link = loopback_pair(), LinkConfig(keys_dir=str(keys), timeout_s=10)
     options = {"link": link, "client_id": 0, "agreement": {"version": 1}}
-    works = (connect.open_client_channel, connect.open_server_channel)
+    works = (connect.open_client_channel, partial(connect.open_server_channel, facts=facts))
     threads = [
         threading.Thread(target=lambda end=end, work=work: sessions.append(work(end, **options)[1]))
         for end, work in zip(ends, works, strict=True)
@@ -75,6 +80,19 @@ def test_no_secret_of_a_link_is_logged_shown_or_put_into_the_environment(
     secrets += [form for path in pristine_keys.glob("*.key") for form in forms_of_key(path)]
     assert all(form in b"before " + form for form in secrets)
     assert not [form for form in secrets if form in text]
+
+
+def test_a_client_writes_where_the_authenticated_server_says(
+    pristine_keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the store says, which anybody who reaches it can write; and its own choice goes first."""
+    sessions, _ = link_up(pristine_keys, monkeypatch, facts=facts_of_run(Path("results/runs/one")))
+    (client,) = [session for session in sessions if session.peer_name == "server"]
+    assert folder_told(client, Config()) == Path("results/runs/one")
+    assert folder_told(client, Config(run=RunConfig(output_dir="mine"))) == Path("mine")
+    for facts in ({}, {"run.folder": 7}, {"run.folder": ""}):
+        with pytest.raises(HandshakeError, match="told no folder"):
+            folder_told(replace(client, facts=facts), Config())
 
 
 def test_objects_that_hold_secrets_do_not_show_them(pristine_keys: Path) -> None:
