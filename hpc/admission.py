@@ -3,6 +3,10 @@
 A poller sees who knocks. A thread for each knock makes the link and the handshake and hears the client's first words,
 so that one that dies while doing so, takes long to load its part, or has the wrong key, holds up nobody. Then it waits,
 hearing ALIVE, until the run takes it in.
+
+Whoever reaches the store can knock as any client, as often as it likes. So each client has a few places of its own,
+and a knock that was refused keeps its place for a while. A stranger who knocks as one client costs that many threads,
+delays that client by a handshake's deadline, and no other at all.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from hpc.link.frame import NEEDS_STATE, Frame, Header
 from hpc.link.kinds import Kind
 
 POLL_S = 0.2
+PLACES = 4  # knocks of one client that are dealt with at a time
+LONGEST_PENANCE_S = 5.0  # for which a refused knock keeps its place, after several in a row
 
 _log = logging.getLogger("hpc")
 
@@ -61,6 +67,8 @@ class Admission:
         self._changed = threading.Condition()
         self._arrived: dict[int, Knock] = {}
         self._knocks = dict.fromkeys(self._clients, 0)
+        self._under_way = dict.fromkeys(self._clients, 0)
+        self._refusals = dict.fromkeys(self._clients, 0)  # since one was let in
         self._begun = self._closed = False
         threading.Thread(target=self._poll, name="admission", daemon=True).start()
 
@@ -118,18 +126,35 @@ class Admission:
                 except (RuntimeError, OSError) as error:
                     _log.info("whether client %d has started is not known for now: %s", client, error)
                     continue
-                if starts > self._knocks[client]:
-                    self._knocks[client] = starts
-                    name = f"admit-{client}-{starts - 1}"
-                    threading.Thread(target=self._admit, args=(client, starts - 1), name=name, daemon=True).start()
+                self._let_knock(client, starts)
             time.sleep(POLL_S)
 
-    def _admit(self, client: int, epoch: int) -> None:
+    def _let_knock(self, client: int, starts: int) -> None:
+        """Begin with as many as there are places for; the others are looked at again, the newest PLACES of them."""
+        first = max(self._knocks[client], starts - PLACES)
+        end = min(starts, first + PLACES - self._under_way[client])
+        for epoch in range(first, end):
+            with self._changed:
+                self._under_way[client] += 1
+            name = f"admit-{client}-{epoch}"
+            threading.Thread(target=self._admit_one, args=(client, epoch), name=name, daemon=True).start()
+        self._knocks[client] = max(first, end)
+
+    def _admit_one(self, client: int, epoch: int) -> None:
+        refused = self._admit(client, epoch)
+        with self._changed:
+            self._refusals[client] = self._refusals[client] + 1 if refused else 0
+            penance_s = min(POLL_S * 2 ** min(self._refusals[client], 10), LONGEST_PENANCE_S) if refused else 0.0
+            self._changed.wait_for(lambda: self._closed, penance_s)
+            self._under_way[client] -= 1
+
+    def _admit(self, client: int, epoch: int) -> bool:
+        """Deal with one knock to its end. Returns whether it was refused."""
         try:
             knock = Knock(channel=self._connect(client, epoch))
             if self._is_here(client):
                 self.turn_away(client, knock.channel)
-                return
+                return True
             if self._begun:  # nobody waits while it loads its part
                 self._hear(knock)
         except HpcError as error:
@@ -138,6 +163,8 @@ class Admission:
             self._refused(client, f"{type(error).__name__}: {error}")
         else:
             self._offer(client, knock)
+            return False
+        return True
 
     def _hear(self, knock: Knock) -> None:
         knock.ready = knock.channel.recv(Kind.READY, patience_s=self._start_patience_s)

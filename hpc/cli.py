@@ -23,6 +23,7 @@ from hpc.config import Config
 from hpc.errors import BadInput, ConfigError, HpcError
 from hpc.logs import reason
 from hpc.quiet import hush
+from hpc.undumped import leave_no_core
 
 T = TypeVar("T")
 
@@ -141,6 +142,7 @@ def run_main(main: Callable[[list[str]], int], prefix: str = "error", *, ending:
     `ending`: what that line begins with, instead of `prefix`, where work was under way.
     """
     ending = ending or prefix
+    leave_no_core()  # of any program here: it may hold private text as well as keys
     hush()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path with letters that the terminal lacks ends no run
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -30,6 +30,7 @@ from hpc.learner import Learner
 from hpc.link.channel import Channel
 from hpc.link.frame import HAS_START, NEEDS_STATE, NOT_WRITTEN, WOULD_STOP, Header
 from hpc.link.kinds import Kind
+from hpc.link.limits import WIDEST
 from hpc.link.peers import PeerKeys
 from hpc.model.part import Part
 from hpc.privacy.defences.detector import make_detector
@@ -142,6 +143,7 @@ class Client:
         Returns when all roles are ready; `start` is then the step to begin behind.
         """
         told = torch.tensor([len(self._held_out.batches), len(self.data.train_rows), self.learner.values])
+        self.link.channel.limits.set((Kind.STEP, Kind.AVERAGE), WIDEST * self.learner.values)
         asks = self.needs_state and self.train.shares_state
         flags = (NEEDS_STATE if asks else 0) | (HAS_START if self._has_start else 0)
         self.link.send(Header(kind=Kind.READY, flags=flags), told)

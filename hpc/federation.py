@@ -25,7 +25,7 @@ from hpc.link.identity import Authorised, client_name, load_private
 from hpc.logs import begin_file, ended_well, terminal_line
 from hpc.model.build import ModelBuilder, count_parameters
 from hpc.model.pretrained import load_tokenizer
-from hpc.opening import Opening, close_links
+from hpc.opening import Opening, close_links, facts_of_run, folder_told
 from hpc.process import device_of, prepare_process
 from hpc.rendezvous import Rendezvous, made_up_folder, start_of, trunk_patience_s
 from hpc.report.events import Ended, EventLog, Started, role_path
@@ -69,7 +69,10 @@ def run_trunk(config: Config, place: Place, yaml: str, stop: StopRequest) -> str
     # Told before the first link opens: whoever is linked must not wait for it while another client is refused.
     start, attempt, _ = meeting.take_up(folder)
     events = EventLog(role_path(folder, place.name))
-    with Opening(meeting, config, events) as links, lost_if_broken("another trunk rank is gone or silent"):
+    with (
+        Opening(meeting, config, events, facts=facts_of_run(folder)) as links,
+        lost_if_broken("another trunk rank is gone or silent"),
+    ):
         links.open()
         device = device_of(config, place)
         builder = ModelBuilder.of(config)
@@ -152,10 +155,10 @@ def run_client(config: Config, place: Place, stop: StopRequest) -> str:
     channels: dict[int, Channel] = {}
     with closing_links(channels), lost_if_broken("trunk rank 0 is gone or silent"):
         epoch = meeting.announce()
-        channels[0], _ = open_client_channel(
+        channels[0], session = open_client_channel(
             meeting.link(client_id, epoch=epoch), link=config.link, client_id=client_id, agreement=agreement(config)
         )
-        folder = Path(meeting.output_folder())
+        folder = folder_told(session, config)
         start, attempt, newcomers = meeting.take_up(folder)
         forget_adapter(folder, place.name)
         builder = ModelBuilder.of(config)

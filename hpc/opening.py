@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc.admission import Admission
 from hpc.agreement import agreement
 from hpc.config import Config
-from hpc.errors import DataError, HpcError, IdentityError, Paused
+from hpc.errors import DataError, HandshakeError, HpcError, IdentityError, Paused
 from hpc.link.channel import Channel
 from hpc.link.connect import open_server_channel
+from hpc.link.handshake import Session
 from hpc.link.identity import Authorised, client_name
 from hpc.link.key_exchange import verify
 from hpc.link.peers import SignedEphemeral
@@ -22,13 +24,17 @@ from hpc.topology import clients_of_trunk_rank
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+FOLDER = "run.folder"
+
 _log = logging.getLogger("hpc")
 
 
 class Opening:
     """The channels of one trunk rank, and who may come later."""
 
-    def __init__(self, meeting: Rendezvous, config: Config, events: EventLog) -> None:
+    def __init__(self, meeting: Rendezvous, config: Config, events: EventLog, *, facts: dict[str, str]) -> None:
+        """`facts`: what each client is told in its handshake, as `folder_told` reads it."""
+        self._facts = facts
         self._meeting, self._config, self._events = meeting, config, events
         self._clients = clients_of_trunk_rank(meeting.place.index, config)
         self._agreed = agreement(config)
@@ -89,7 +95,8 @@ class Opening:
     def _connect(self, client: int, epoch: int, store: Store | None) -> Channel:
         transport = self._meeting.link(client, epoch=epoch, store=store)
         link = self._config.link
-        return open_server_channel(transport, link=link, client_id=client, agreement=self._agreed)[0]
+        agreed, facts = self._agreed, self._facts
+        return open_server_channel(transport, link=link, client_id=client, agreement=agreed, facts=facts)[0]
 
     def _is_here(self, client: int) -> bool:
         return client in self.channels if self.served is None else self.served.is_here(client)
@@ -103,6 +110,19 @@ class Opening:
             self._events.note(name, **fields)
         else:
             self._early.append((name, fields))
+
+
+def facts_of_run(folder: Path) -> dict[str, str]:
+    """What the server tells its clients, sealed: anybody could have put it into the store."""
+    return {FOLDER: str(folder)}
+
+
+def folder_told(session: Session, config: Config) -> Path:
+    """A client's run folder: its own choice, or what the server told. Raises `HandshakeError` if it told none."""
+    told = session.facts.get(FOLDER)
+    if not isinstance(told, str) or not told:
+        raise HandshakeError("the server told no folder of the run; run the same version on both ends")
+    return Path(config.run.folder or told)
 
 
 def close_links(channels: dict[int, Channel], error: BaseException | None) -> None:

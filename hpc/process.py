@@ -19,16 +19,19 @@ from hpc.logs import set_up
 from hpc.quantizer import leave_out_unless
 from hpc.quiet import hush
 from hpc.topology import Place
+from hpc.undumped import hide_memory
 
 log = logging.getLogger("hpc")
 
 
 def prepare_process(config: Config, place: Place) -> None:
-    """Threads, device, log, and quiet: only trunk rank 0 talks unless something is wrong."""
+    """Threads, device, log, and quiet: only trunk rank 0 talks unless something is wrong. Its memory is its own."""
     if config.run.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--run.device cuda: this torch sees no GPU; use --run.device cpu or auto")
     torch.set_num_threads(config.run.threads or int(os.environ.get(THREADS, len(os.sched_getaffinity(0)))))
     device = device_of(config, place)
+    if place.role in ("trunk", "client"):
+        hide_memory(shares_memory=place.world.launcher == "mpi" or device.type == "cuda")
     # DeepSpeed takes its device from here; ranks may share one, or see only their own.
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else place.world.local_rank)
     if place.role == "trunk":  # its whole world is the trunk; ZeRO 3 refuses a group that is smaller than this says

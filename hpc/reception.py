@@ -19,9 +19,8 @@ from hpc.config import TrainConfig
 from hpc.errors import IdentityError, LinkError, PeerLost, ProtocolError
 from hpc.link.frame import DONATES, HAS_START, NEEDS_STATE, NOT_WRITTEN, Frame, Header
 from hpc.link.kinds import Kind
+from hpc.link.limits import SIGNED_KEY_BYTES
 from hpc.server_side import ServerSide
-
-MOST_KEY_BYTES = 8192
 
 _log = logging.getLogger("hpc")
 
@@ -84,6 +83,8 @@ class Reception:
         if len(set(differing.values())) > 1:
             raise ProtocolError(f"the clients' parts have different numbers of values that learn: {differing}")
         self._side.part_values = next(iter(differing.values()), 0)
+        if self._side.part_values:
+            self._served.expect_parts(self._side.part_values)
         self._share_keys(told)
         if self._train.clients_meet:
             for owner in here:
@@ -160,7 +161,7 @@ class Reception:
                 raise ProtocolError(f"client {client} has {batches} held-out batches; at most {self._most_batches}")
             if flags & NEEDS_STATE or self._train.clients_meet:
                 key = key or inbox.recv(client, Kind.PEER_KEY)
-                self._check_key(client, bytes_of(key, who=f"client {client}", most=MOST_KEY_BYTES))
+                self._check_key(client, bytes_of(key, who=f"client {client}", most=SIGNED_KEY_BYTES))
         except (LinkError, IdentityError) as error:
             self._served.lose(client, -1, error if isinstance(error, LinkError) else ProtocolError(str(error)))
             return None
@@ -216,7 +217,7 @@ class Reception:
         if key is None or sealed is None or sealed.header.flags & NOT_WRITTEN:
             return None
         try:
-            self._check_key(donor, bytes_of(key, who=f"client {donor}", most=MOST_KEY_BYTES))
+            self._check_key(donor, bytes_of(key, who=f"client {donor}", most=SIGNED_KEY_BYTES))
             bytes_of(sealed, who=f"client {donor}")
         except (LinkError, IdentityError) as error:
             self._served.lose(donor, step, error if isinstance(error, LinkError) else ProtocolError(str(error)))

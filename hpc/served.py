@@ -12,18 +12,20 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from hpc.acts import Lost, Micro, Recv
-from hpc.config import Config
+from hpc.config import MAX_ROWS, Config
 from hpc.errors import LinkError, PeerLost, ProtocolError
 from hpc.link.channel import Channel
 from hpc.link.frame import Frame, Header
 from hpc.link.inbox import Inbox, ReadingInbox
 from hpc.link.kinds import Kind
+from hpc.link.limits import WIDEST
 from hpc.link.stats import LinkStats
 from hpc.ragged import split_rows
 from hpc.report.events import EventLog
 
 HIDDEN_STATES = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT, Kind.EVAL_SMASHED)
 TRAINED = (Kind.SMASHED, Kind.GRAD_TRUNK_OUT)
+OF_PARTS = (Kind.PART_GRADS, Kind.PARTS, Kind.MASKED)
 TOLD = (Kind.SMASHED, Kind.EVAL_SMASHED)  # of these, what a model's positions depend on is told
 
 _GRACE_S = 0.2  # for the last words to a client that is given up
@@ -59,6 +61,9 @@ class Served:
         self._pieces = split_rows(config.train.per_client_batch_size, config.train.resolved_micro_batches)
         self._longest = config.data.longest_row
         self._caches = config.caches_smashed
+        self._part_bytes: int | None = None
+        for channel in channels.values():
+            self._limit(channel)
         if (config.train.reads_ahead or asked or config.data.decodes) and (channels or self._spares_clients):
             timeout_s = config.link.timeout_s
             self.inbox: Inbox = ReadingInbox(channels, timeout_s=timeout_s, meanwhile=self._comfort_others)
@@ -185,9 +190,24 @@ class Served:
             if client not in self.lost:
                 self.lose(client, step, PeerLost(f"{channel.peer} ended, and came back before that was noticed"))
             self._former = LinkStats.total((self._former, self.channels[client].stats))
+        self._limit(channel)
         self.channels[client] = channel
         self.lost.discard(client)
         self.inbox.replace(client, channel)
+
+    def expect_parts(self, values: int) -> None:
+        """So many values learn in each client's parts."""
+        self._part_bytes = WIDEST * values
+        for channel in self.channels.values():
+            self._limit(channel)
+
+    def _limit(self, channel: Channel) -> None:
+        """A client that announces more than the run has use for is lost before memory is taken for it."""
+        row_bytes = WIDEST * self._longest * self.hidden_size
+        channel.limits.set(TRAINED, max(self._pieces) * row_bytes)
+        channel.limits.set((Kind.EVAL_SMASHED,), MAX_ROWS * row_bytes)
+        if self._part_bytes is not None:
+            channel.limits.set(OF_PARTS, self._part_bytes)
 
     def _check(self, found: Frame, due: Recv, step: int) -> None:
         header, who = found.header, f"client {due.micro.client}"

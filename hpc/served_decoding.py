@@ -15,6 +15,7 @@ from hpc.errors import LinkError, ProtocolError
 from hpc.layouts import layout_tensor
 from hpc.link.frame import Frame, Header
 from hpc.link.kinds import Kind
+from hpc.link.limits import WIDEST
 from hpc.model.memory import Memory
 from hpc.model.part import Part
 from hpc.ragged import left_mask, pack_masked, pad_masked
@@ -55,6 +56,8 @@ class ServedDecoding:
         self._served, self._trunk, self._context = served, trunk, context
         self._cells = limit_bytes // max(1, trunk.part.kv_bytes)  # one is a token's keys and values
         self._memories: dict[tuple[int, int], Memory] = {}  # (client, its number for the rows)
+        for channel in served.channels.values():
+            channel.limits.set((Kind.DECODE,), WIDEST * self._cells * served.hidden_size)
 
     def serve(self, clients: Sequence[int], farewell: Callable[[int], None] = lambda client: None) -> None:
         """`farewell` is called for each client that has had enough, while others may still ask.

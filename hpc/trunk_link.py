@@ -14,10 +14,12 @@ from hpc.link.channel import Channel
 from hpc.link.frame import Frame, Header
 from hpc.link.inbox import Inbox, ReadingInbox
 from hpc.link.kinds import Kind
+from hpc.link.limits import WIDEST
 from hpc.link.stats import LinkStats
 from hpc.ragged import pack
 
 _TRUNK = 0  # the inbox's name for its only peer
+_REPLIES = (Kind.TRUNK_OUT, Kind.GRAD_SMASHED, Kind.EVAL_TRUNK_OUT)  # hidden states of the rows that were sent
 _BETWEEN = (Kind.PAUSE, Kind.WELCOME)  # what the trunk may say whenever this client listens
 
 
@@ -35,6 +37,7 @@ class TrunkLink:
     def __init__(self, channel: Channel, *, client_id: int, device: torch.device, reads_ahead: bool) -> None:
         """`reads_ahead`: receive and open frames while this client computes."""
         self.channel, self._client_id, self._device = channel, client_id, device
+        channel.limits.set(_REPLIES, 0)  # nothing was sent yet
         links = {_TRUNK: channel}
         # A channel's own deadline is what it waits for its peer (hpc.link.channel).
         self._inbox = ReadingInbox(links, timeout_s=channel.timeout_s) if reads_ahead else Inbox(links)
@@ -95,6 +98,7 @@ class TrunkLink:
 
         `sent`: the lengths of those rows that are in `hidden_BTD`, where the server's cache has the others.
         """
+        self.channel.limits.raise_to(_REPLIES, WIDEST * sum(lengths) * hidden_BTD.shape[-1])
         header = Header(
             kind=kind,
             step=step,

@@ -132,3 +132,21 @@ class Started:
             assert time.monotonic() < deadline, f"no end within {timeout_s} s; ended: {list(self.ended_at)}"
             time.sleep(0.02)
         return {name: (process.returncode, process.communicate()[1]) for name, process in self.all.items()}
+
+
+def rank_of(pid: int, folder: Path) -> int | None:
+    """The global rank of a process of the run in `folder`; None if it is none.
+
+    From its environment, which only root may read of a role (hpc.undumped); else from what the logs say.
+    """
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return next((int(entry[5:]) for entry in entries if entry.startswith(b"RANK=")), None)
+    except PermissionError:
+        logs = {path.stem: path.read_text() for path in (folder / "logs").glob("*.log")}
+        trunk_ranks = sum(name.startswith("trunk-") for name in logs)
+        name = next((name for name, text in logs.items() if f"started: pid {pid} on" in text), None)
+        if name is None:
+            return None
+        role, _, index = name.partition("-")
+        return int(index) + (trunk_ranks if role == "client" else 0)

@@ -39,7 +39,7 @@ def measure(options: Options) -> Measured:
 
     rounds: dict[str, list[dict[str, float]]] = {}
     with Monitor() as monitor, split_model(options.config) as split:
-        plain = AutoModelForCausalLM.from_pretrained(str(split.name_or_path)).eval()
+        plain = AutoModelForCausalLM.from_pretrained(str(split.name_or_path), trust_remote_code=False).eval()
         for way, (count, extra) in WAYS.items():
             print(f"generation: {way}", file=sys.stderr, flush=True)
             ids_BT, mask_BT = encode(split, PROMPTS[:count])

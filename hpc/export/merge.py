@@ -35,7 +35,7 @@ def write_merged(
     resolver = resolve(origin.model)
     if resolver.gguf is not None:
         raise ConfigError(f"--merge: {resolver} is a GGUF file; merge into the model's safetensors folder instead")
-    base = AutoModelForCausalLM.from_pretrained(resolver.name_or_path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(resolver.name_or_path, dtype=torch.float32, trust_remote_code=False)
     model = _with_lora(base, adapter) if origin.adapter.method == "lora" else _with_values(base, values)
     model.to(dtype).save_pretrained(folder)
     load_tokenizer(resolver).save_pretrained(folder)

@@ -16,6 +16,7 @@ from hpc.errors import LinkError, PeerLost
 from hpc.link.cipher import Cipher
 from hpc.link.frame import MAX_ERROR_BYTES, Frame, Header, Kind, payload_view
 from hpc.link.incoming import Incoming
+from hpc.link.limits import Limits
 from hpc.link.outgoing import Outgoing
 from hpc.link.stats import LinkStats
 from hpc.link.transport import Transport, peer_words
@@ -50,7 +51,10 @@ class Channel:
         self._outgoing = Outgoing(
             transport, send_cipher, chunk_bytes=chunk_bytes, timeout_s=timeout_s, stats=self._sent_stats
         )
-        self._incoming = Incoming(transport, recv_cipher, timeout_s=timeout_s, stats=self._received_stats)
+        self.limits = Limits()
+        self._incoming = Incoming(
+            transport, recv_cipher, timeout_s=timeout_s, stats=self._received_stats, limits=self.limits
+        )
         self._closed: str | None = None
         self._peer_is_lost = False
 

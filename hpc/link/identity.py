@@ -1,18 +1,16 @@
 """RSA identities, pinned on both sides as in SSH.
 
 `keys_dir` holds `server.key` and `client-<k>.key` (private, mode 0600), `server.pem` (public),
-`authorized_clients/client-<k>.pem` and `revoked/*.pem`. A client is who its file in `authorized_clients` says.
+`authorized_clients/client-<k>.pem` and `revoked/*.pem`. A client is who its file in `authorized_clients` says. What is
+in `revoked` is refused by its fingerprint, wherever else it lies. Nothing of this may be writable by others.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from hpc.errors import IdentityError
+from hpc.link.key_files import create, locked, make_folder, replace, require_unwritable, warn_if_open
 
 RSA_BITS = 3072  # 128-bit security, NIST SP 800-57 part 1, table 2
 SERVER = "server"
@@ -58,6 +57,7 @@ def short(fingerprint_hex: str) -> str:
 def load_private(keys_dir: str | Path, name: str) -> Identity:
     """The identity `name`. Raises IdentityError if it is missing, readable by others or not RSA >= 3072 bits."""
     path = Path(keys_dir) / f"{_checked(name)}.key"
+    require_unwritable(path.parent)
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -66,6 +66,7 @@ def load_private(keys_dir: str | Path, name: str) -> Identity:
         raise IdentityError(f"{path}: {error.strerror}; {_HINT}") from None
     if mode & 0o077:
         raise IdentityError(f"{path} is open to others (mode {mode:04o}); run: chmod 600 {path}")
+    warn_if_open(path.parent)
     key = _import(path, data)
     if not key.has_private():
         raise IdentityError(f"{path} holds a public key only; {_HINT}")
@@ -82,8 +83,14 @@ def load_public(path: str | Path) -> RSA.RsaKey:
 
 
 def load_server_public(keys_dir: str | Path) -> RSA.RsaKey:
-    """The pinned public key of the server."""
-    return load_public(Path(keys_dir) / f"{SERVER}.pem")
+    """The pinned public key of the server. Raises IdentityError, also if that key was revoked."""
+    folder = Path(keys_dir)
+    key = _pinned(folder / f"{SERVER}.pem")
+    if fingerprint(key) in _revoked(folder):
+        raise IdentityError(
+            f"{folder / f'{SERVER}.pem'} is the revoked key {short(fingerprint(key))}; get the server's new server.pem"
+        )
+    return key
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -97,11 +104,12 @@ class Authorised:
 
     @classmethod
     def load(cls, keys_dir: str | Path) -> Authorised:
-        """Read `authorized_clients` and `revoked`. Raises IdentityError for a file that is no key."""
+        """Read `authorized_clients` and `revoked`. Raises IdentityError for a file that is no key, or not safe."""
         folder = Path(keys_dir)
-        clients = {path.stem: load_public(path) for path in sorted((folder / "authorized_clients").glob("*.pem"))}
-        revoked = {fingerprint(load_public(path)): path.stem for path in sorted((folder / "revoked").glob("*.pem"))}
-        return cls(clients=clients, revoked=revoked)
+        for each in (folder, folder / "authorized_clients", folder / "revoked"):
+            require_unwritable(each)
+        clients = {path.stem: _pinned(path) for path in sorted((folder / "authorized_clients").glob("*.pem"))}
+        return cls(clients=clients, revoked=_revoked(folder))
 
     def lookup(self, fingerprint_hex: str) -> tuple[str, RSA.RsaKey]:
         """Name and key with this fingerprint. Raises IdentityError, differently for revoked and for unknown."""
@@ -124,18 +132,37 @@ def make(keys_dir: str | Path, name: str) -> Identity:
     Raises IdentityError if the name is no name or its key exists.
     """
     folder, path = Path(keys_dir), Path(keys_dir) / f"{_checked(name)}.key"
-    public = folder / f"{SERVER}.pem" if name == SERVER else folder / "authorized_clients" / f"{name}.pem"
+    public = _public_place(folder, name)
     for each in (path, public):
         if each.exists():
             raise IdentityError(f"{each} exists and stays as it is; move it away to make {name} anew")
-    _make_folder(folder)
-    _make_folder(public.parent)
-    private = rsa.generate_private_key(65537, RSA_BITS)  # OpenSSL's: some times faster than PyCryptodome's
-    pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    _create(path, pem, 0o600)
+    make_folder(folder)
+    make_folder(public.parent)
+    pem = _new_key()
+    create(path, pem, 0o600)
     key = RSA.import_key(pem)
-    _create(public, key.public_key().export_key() + b"\n", 0o644)
+    create(public, key.public_key().export_key() + b"\n", 0o644)
     return Identity(name=name, key=key)
+
+
+def rotate(keys_dir: str | Path, name: str) -> tuple[Identity, Path]:
+    """A new identity in the place of `name`'s, whose old one is revoked and its private half gone.
+
+    Returns it, and where its public half lies. Raises IdentityError if there is no private key of that name.
+    """
+    folder = Path(keys_dir)
+    old = load_private(folder, name)
+    with locked(folder):
+        public, pem = _public_place(folder, name), _new_key()
+        # Killed in between: the old one is revoked already, and a second call goes on from there.
+        if fingerprint(old.key) not in _revoked(folder):
+            target = _revoked_place(folder, name)
+            create(target, old.key.public_key().export_key() + b"\n", 0o644)
+        replace(folder / f"{name}.key", pem, 0o600)
+        make_folder(public.parent)
+        key = RSA.import_key(pem)
+        replace(public, key.public_key().export_key() + b"\n", 0o644)
+    return Identity(name=name, key=key), public
 
 
 def ensure_local(keys_dir: str | Path, clients: int) -> list[str]:
@@ -144,8 +171,8 @@ def ensure_local(keys_dir: str | Path, clients: int) -> list[str]:
     A name with a key, an authorised or a revoked file is left alone, so a revoked client stays revoked.
     """
     folder, made = Path(keys_dir), []
-    _make_folder(folder)
-    with _locked(folder):
+    make_folder(folder)
+    with locked(folder):
         for name in (SERVER, *map(client_name, range(clients))):
             places = (f"{name}.key", f"{name}.pem", f"authorized_clients/{name}.pem")
             if not any((folder / place).exists() for place in places) and not _revoked_files(folder, name):
@@ -166,21 +193,21 @@ def authorise(keys_dir: str | Path, file: str | Path) -> str:
         raise IdentityError(f"{file}: clients are authorised, the server is pinned by its server.pem")
     if fingerprint(key) in Authorised.load(folder).revoked:
         raise IdentityError(f"{file}: the key {short(fingerprint(key))} is revoked; make a new one")
-    _make_folder(folder / "authorized_clients")
-    _create(folder / "authorized_clients" / f"{name}.pem", key.export_key() + b"\n", 0o644)
+    make_folder(folder / "authorized_clients")
+    create(folder / "authorized_clients" / f"{name}.pem", key.export_key() + b"\n", 0o644)
     return fingerprint(key)
 
 
 def revoke(keys_dir: str | Path, name: str) -> Path:
-    """Refuse `name` from now on: moves its public key to `revoked/`. Raises IdentityError if it is not authorised."""
+    """Refuse `name` from now on: moves its public key to `revoked/`. Raises IdentityError if it is not authorised.
+
+    For the server that is the key pinned in `server.pem`; whoever has its private half uses `rotate`.
+    """
     folder = Path(keys_dir)
-    source = folder / "authorized_clients" / f"{_checked(name)}.pem"
+    source = _public_place(folder, _checked(name))
     if not source.exists():
-        raise IdentityError(f"{source}: no such client is authorised")
-    earlier = len(_revoked_files(folder, name))
-    target = folder / "revoked" / (f"{name}.{earlier + 1}.pem" if earlier else f"{name}.pem")
-    target.parent.mkdir(mode=0o700, exist_ok=True)
-    return source.rename(target)
+        raise IdentityError(f"{source}: no such {'server is pinned' if name == SERVER else 'client is authorised'}")
+    return source.rename(_revoked_place(folder, name))
 
 
 def show(keys_dir: str | Path) -> list[tuple[str, str, str]]:
@@ -190,6 +217,32 @@ def show(keys_dir: str | Path) -> list[tuple[str, str, str]]:
     known = Authorised.load(folder)
     rows += [("authorised", name, fingerprint(key)) for name, key in known.clients.items()]
     return rows + [("revoked", name, print_) for print_, name in known.revoked.items()]
+
+
+def _new_key() -> bytes:
+    private = rsa.generate_private_key(65537, RSA_BITS)  # OpenSSL's: some times faster than PyCryptodome's
+    return private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _public_place(folder: Path, name: str) -> Path:
+    return folder / f"{SERVER}.pem" if name == SERVER else folder / "authorized_clients" / f"{name}.pem"
+
+
+def _pinned(path: Path) -> RSA.RsaKey:
+    require_unwritable(path)
+    return load_public(path)
+
+
+def _revoked(folder: Path) -> dict[str, str]:
+    """Fingerprint → name."""
+    return {fingerprint(load_public(path)): path.stem for path in sorted((folder / "revoked").glob("*.pem"))}
+
+
+def _revoked_place(folder: Path, name: str) -> Path:
+    """A free one for another revoked key of this name."""
+    earlier = len(_revoked_files(folder, name))
+    make_folder(folder / "revoked")
+    return folder / "revoked" / (f"{name}.{earlier + 1}.pem" if earlier else f"{name}.pem")
 
 
 def _revoked_files(folder: Path, name: str) -> list[Path]:
@@ -210,40 +263,3 @@ def _import(path: Path, data: bytes) -> RSA.RsaKey:
     if key.size_in_bits() < RSA_BITS:
         raise IdentityError(f"{path} has {key.size_in_bits()} bits; at least {RSA_BITS} are needed; {_HINT}")
     return key
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise IdentityError(f"{folder} cannot be made ({error.strerror}); choose another --link.keys_dir") from None
-
-
-def _create(path: Path, data: bytes, mode: int) -> None:
-    """Write a new file that nobody sees half-written, with `mode` from its first moment. Raises IdentityError."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.link(draft, path)  # fails, rather than replaces, if the file exists
-        finally:
-            draft.unlink()
-    except FileExistsError:
-        raise IdentityError(f"{path} exists and stays as it is") from None
-    except OSError as error:
-        raise IdentityError(f"{path}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks. Raises IdentityError if it cannot be written."""
-    try:
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise IdentityError(f"{folder} cannot be written ({error.strerror}); choose another --link.keys_dir") from None
-    with file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

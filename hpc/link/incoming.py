@@ -12,7 +12,6 @@ from hpc.link.cipher import Cipher, NonceCounter
 from hpc.link.frame import (
     BODY_BYTES,
     INLINE_BYTES,
-    MAX_ERROR_BYTES,
     PREFIX_BYTES,
     Frame,
     Header,
@@ -22,6 +21,7 @@ from hpc.link.frame import (
     empty_like_header,
     payload_view,
 )
+from hpc.link.limits import Limits
 from hpc.link.stats import LinkStats
 from hpc.link.transport import Pending, Transport
 
@@ -31,7 +31,10 @@ _POSTED_CHUNKS = 3  # receives ahead of the chunk that is opened
 class Incoming:
     """Receives and opens frames, for one thread."""
 
-    def __init__(self, transport: Transport, cipher: Cipher, *, timeout_s: float, stats: LinkStats) -> None:
+    def __init__(
+        self, transport: Transport, cipher: Cipher, *, timeout_s: float, stats: LinkStats, limits: Limits
+    ) -> None:
+        self._limits = limits
         self._transport, self._cipher, self._timeout_s, self._stats = transport, cipher, timeout_s, stats
         self._nonces, self._received = NonceCounter(), 0
         self.heard = time.monotonic()
@@ -91,8 +94,7 @@ class Incoming:
         header = decode(bytes(body))
         if kinds and header.kind not in (*kinds, Kind.ERROR, Kind.ALIVE):
             raise ProtocolError(f"{self._transport.peer} sent {header.kind.name} where {wanted} was due")
-        if header.kind is Kind.ERROR and header.payload_bytes > MAX_ERROR_BYTES:
-            raise ProtocolError(f"an ERROR frame has {header.payload_bytes} bytes; {MAX_ERROR_BYTES} are allowed")
+        self._limits.check(header, peer=self._transport.peer)
         return header, prefix + body, message
 
     def _receive_chunks(self, header: Header, plain_header: bytes, view: memoryview) -> None:

@@ -58,7 +58,12 @@ def derive_keys(shared: bytes, secret_server: bytes, secret_client: bytes, *, sa
 
 def derive(secret: bytes, *, salt: bytes, purpose: str) -> bytes:
     """A 32-byte key for one purpose."""
-    key = HKDF(secret, SECRET_BYTES, salt, SHA256, context=_LABEL + purpose.encode())
+    return hkdf(secret, SECRET_BYTES, salt=salt, info=_LABEL + purpose.encode())
+
+
+def hkdf(secret: bytes, size: int, *, salt: bytes, info: bytes) -> bytes:
+    """HKDF-SHA-256 (RFC 5869): `size` bytes. Raises ValueError for more than it can give (8160)."""
+    key = HKDF(secret, size, salt, SHA256, context=info)
     assert isinstance(key, bytes)
     return key
 
@@ -70,29 +75,34 @@ def wrap(public: RSA.RsaKey, secret: bytes, random_bytes: RandomBytes) -> bytes:
 
 def unwrap(private: RSA.RsaKey, wrapped: bytes, *, who: str) -> bytes:
     """Counterpart of `wrap`; only for what `verify` has accepted. Raises IdentityError."""
-    try:
-        secret = PKCS1_OAEP.new(private, hashAlgo=SHA256).decrypt(wrapped)
-    except (ValueError, TypeError):
-        secret = b""
-    if len(secret) != SECRET_BYTES:
+    secret = oaep_open(private, wrapped)
+    if secret is None or len(secret) != SECRET_BYTES:
         raise IdentityError(f"{who} wrapped its secret for another key than this one's")
     return secret
 
 
+def oaep_open(private: RSA.RsaKey, wrapped: bytes) -> bytes | None:
+    """What was sealed with RSA-OAEP, SHA-256 and an empty label; None for anything else, without saying what it is."""
+    try:
+        return PKCS1_OAEP.new(private, hashAlgo=SHA256).decrypt(wrapped)
+    except (ValueError, TypeError):
+        return None
+
+
 def sign(private: RSA.RsaKey, digest: bytes, purpose: str, random_bytes: RandomBytes) -> bytes:
     """RSA-PSS with SHA-256 (RFC 8017) over a purpose and a digest."""
-    return pss.new(private, rand_func=random_bytes).sign(_signed(digest, purpose))
+    return pss.new(private, rand_func=random_bytes).sign(SHA256.new(_signed(digest, purpose)))
 
 
 def verify(public: RSA.RsaKey, digest: bytes, purpose: str, signature: bytes, *, who: str) -> None:
     """Raises IdentityError unless `who` signed exactly this."""
     try:
-        pss.new(public).verify(_signed(digest, purpose), signature)
+        pss.new(public).verify(SHA256.new(_signed(digest, purpose)), signature)
     except (ValueError, TypeError):
         raise IdentityError(
             f"the signature of {who} does not fit: it lacks the pinned key, or a message was altered on the way"
         ) from None
 
 
-def _signed(digest: bytes, purpose: str) -> SHA256.SHA256Hash:
-    return SHA256.new(_LABEL + purpose.encode() + hashlib.sha256(digest).digest())
+def _signed(digest: bytes, purpose: str) -> bytes:
+    return _LABEL + purpose.encode() + hashlib.sha256(digest).digest()

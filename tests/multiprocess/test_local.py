@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from hpc.link.identity import ensure_local
 from hpc.report.events import read_events, role_path
+from tests.key_forms import forms_of_key
 from tests.runs import (
     EXPORT,
     LOCAL,
@@ -26,6 +27,7 @@ from tests.runs import (
     Finished,
     clean_environment,
     local,
+    rank_of,
     run_command,
     torchrun,
 )
@@ -103,6 +105,16 @@ def test_every_role_keeps_a_log_and_the_last_lines_say_why(reference: Finished) 
 
 def adapter_of(folder: Path, client: int = 0) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / f"client-{client}" / "adapter_model.safetensors")
+
+
+def test_no_key_is_in_anything_that_a_run_leaves(reference: Finished, keys: Path) -> None:
+    """Logs, events, TensorBoard, summary, config, checkpoints and the terminal, against each number of each key."""
+    written = {str(path): path.read_bytes() for path in reference.folder.rglob("*") if path.is_file()}
+    written |= {"stdout": reference.out.encode(), "stderr": reference.err.encode()}
+    assert any("tfevents" in name for name in written)
+    for path in keys.glob("*.key"):
+        for form in forms_of_key(path):
+            assert not [name for name, data in written.items() if form in data], path.name
 
 
 def test_the_adapter_is_exported_once(reference: Finished, tmp_path: Path) -> None:
@@ -378,10 +390,9 @@ def test_a_killed_client_ends_the_run_and_leaves_no_process(keys: Path, tmp_path
     ours = subprocess.run(
         ["pgrep", "-f", f"train.py.*{mark}"], capture_output=True, text=True, check=True
     ).stdout.split()
-    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in ours}
-    roles = [pid for pid, variables in environments.items() if b"\0RANK=" in variables]
-    assert len(roles) == 3  # and the process that they are forked from
-    victim = next(pid for pid in roles if b"\0RANK=2\0" in environments[pid])
+    ranks = {rank_of(int(pid), tmp_path / "o"): pid for pid in ours}
+    assert ranks.keys() - {None} == {0, 1, 2}  # None is the process that they are forked from
+    victim = ranks[2]
     subprocess.run(["kill", "-9", victim], check=True)
     started = time.monotonic()
     err = run.communicate(timeout=60)[1]

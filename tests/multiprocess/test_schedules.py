@@ -14,7 +14,7 @@ import pytest
 
 from hpc.link.identity import ensure_local
 from tests.multiprocess.test_local import STEPS, assert_bounds, assert_refused, grad_norms
-from tests.runs import LOCAL, ROOT, TINY, Finished, clean_environment, local
+from tests.runs import LOCAL, ROOT, TINY, Finished, clean_environment, local, rank_of
 
 pytestmark = pytest.mark.timeout(240)
 THREE = (*STEPS, "--train.clients", "3", "--train.sync_every", "2", "--data.val_examples", "0")
@@ -89,9 +89,9 @@ def processes_of(folder: Path) -> dict[int, int]:
     found = subprocess.run(["pgrep", "-f", f"train.py.*{folder}"], capture_output=True, text=True, check=False)
     ranks: dict[int, int] = {}
     for pid in found.stdout.split():
-        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-            if entry.startswith(b"RANK="):
-                ranks[int(entry[5:])] = int(pid)
+        rank = rank_of(int(pid), folder)
+        if rank is not None:
+            ranks[rank] = int(pid)
     return ranks
 
 

@@ -12,7 +12,8 @@ from Crypto.PublicKey import RSA
 
 from hpc.errors import IdentityError
 from hpc.link import identity
-from hpc.link.identity import Authorised, ensure_local, load_private, make
+from hpc.link.identity import Authorised, ensure_local, load_private, load_server_public, make, rotate
+from hpc.link.key_files import create
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "keys.py"
 
@@ -76,7 +77,7 @@ def test_make_never_overwrites(keys_dir: Path) -> None:
         make(keys_dir, "client-0")
     assert (keys_dir / "client-0.key").read_bytes() == before
     with pytest.raises(IdentityError, match="exists"):
-        identity._create(keys_dir / "server.pem", b"", 0o644)
+        create(keys_dir / "server.pem", b"", 0o644)
     assert not list(keys_dir.glob(".*.key.*")), "a draft was left behind"
 
 
@@ -136,6 +137,67 @@ def test_authorise_keeps_the_private_half_out(keys_dir: Path, tmp_path: Path) ->
     assert b"PRIVATE" not in (keys_dir / "authorized_clients" / "client-8.pem").read_bytes()
 
 
+def test_rotation_gives_a_new_key_and_refuses_the_old_one(keys_dir: Path) -> None:
+    old, public = load_private(keys_dir, "client-1"), keys_dir / "authorized_clients" / "client-1.pem"
+    former = public.read_bytes()
+    fresh, place = rotate(keys_dir, "client-1")
+    assert place == public
+    assert fresh.fingerprint != old.fingerprint
+    assert load_private(keys_dir, "client-1").fingerprint == fresh.fingerprint
+    assert mode(keys_dir / "client-1.key") == 0o600
+    known = Authorised.load(keys_dir)
+    assert known.lookup(fresh.fingerprint)[0] == "client-1"
+    with pytest.raises(IdentityError, match="of client-1 is revoked"):
+        known.lookup(old.fingerprint)
+    old_private = old.key.export_key(pkcs=8)
+    assert all(path.read_bytes().strip() != old_private.strip() for path in keys_dir.rglob("*") if path.is_file())
+    public.write_bytes(former)  # even if somebody puts it back
+    assert 1 not in Authorised.load(keys_dir).by_client_id()
+    assert {path.name for path in keys_dir.glob(".*")} <= {".lock"}, "a draft was left behind"
+
+
+def test_rotation_of_the_server_is_felt_by_who_pins_the_old_key(keys_dir: Path) -> None:
+    former = (keys_dir / "server.pem").read_bytes()
+    fresh, _ = rotate(keys_dir, "server")
+    assert identity.fingerprint(load_server_public(keys_dir)) == fresh.fingerprint
+    (keys_dir / "server.pem").write_bytes(former)
+    with pytest.raises(IdentityError, match=r"is the revoked key .*; get the server's new server\.pem"):
+        load_server_public(keys_dir)
+
+
+def test_only_who_has_the_private_key_rotates_it(keys_dir: Path) -> None:
+    (keys_dir / "client-2.key").unlink()
+    with pytest.raises(IdentityError, match=r"client-2\.key"):
+        rotate(keys_dir, "client-2")
+    assert (keys_dir / "authorized_clients" / "client-2.pem").exists()
+
+
+@pytest.mark.parametrize("place", [".", "authorized_clients", "revoked", "authorized_clients/client-1.pem"])
+def test_what_others_can_change_is_not_believed(keys_dir: Path, place: str) -> None:
+    identity.revoke(keys_dir, "client-2")
+    path = keys_dir / place
+    path.chmod(path.stat().st_mode | 0o020)
+    with pytest.raises(IdentityError, match=r"can be changed by others .* run: chmod go-w"):
+        Authorised.load(keys_dir)
+
+
+def test_a_pinned_server_that_others_can_change_is_not_believed(keys_dir: Path) -> None:
+    (keys_dir / "server.pem").chmod(0o646)
+    with pytest.raises(IdentityError, match="can be changed by others"):
+        load_server_public(keys_dir)
+    keys_dir.chmod(0o770)
+    with pytest.raises(IdentityError, match=f"run: chmod go-w {keys_dir}"):
+        load_private(keys_dir, "client-0")
+
+
+def test_a_folder_open_to_others_is_said_once(keys_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys_dir.chmod(0o755)
+    for _ in range(2):
+        load_private(keys_dir, "client-0")
+    (record,) = [each for each in caplog.records if "is open to others" in each.message]
+    assert f"chmod 700 {keys_dir}" in record.message
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
 
@@ -153,6 +215,17 @@ def test_script_shows_revokes_and_fails_in_one_line(keys_dir: Path) -> None:
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ")
     assert failed.stderr.count("\n") == 1
+
+
+def test_script_rotates_and_tells_whom_to_tell(keys_dir: Path) -> None:
+    done = run("rotate", "client-0", "--keys_dir", str(keys_dir))
+    assert done.returncode == 0, done.stderr
+    fresh = load_private(keys_dir, "client-0").fingerprint
+    assert fresh[:16] in done.stdout
+    assert "keys.py authorise client-0.pem" in done.stdout
+    full = run("show", "--full", "--keys_dir", str(keys_dir)).stdout
+    assert ["authorised", "client-0", fresh] in [line.split() for line in full.splitlines()]
+    assert ["revoked", "client-0"] in [line.split()[:2] for line in full.splitlines()]
 
 
 def test_script_makes_keys(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def _read_header(path: Path) -> tuple[dict[str, _Entry], int]:
         try:
             header = json.loads(file.read(length))
             entries = {key: _entry(told) for key, told in header.items() if key != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise _broken(path, f"its header does not parse: {type(error).__name__} {error}") from None
     end = max((entry.last for entry in entries.values()), default=0)
     if end != size - 8 - length:
