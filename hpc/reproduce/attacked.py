@@ -19,29 +19,29 @@ KEPT = ("rows", "tokens", "shadow_rows", "steps", "seconds", "scores", "figures"
 
 
 def options_of(preset: str, job: Job) -> dict[str, AttackConfig]:
-    """Method → its options. Raises `ConfigError` for an unknown method or option."""
+    """Name in the preset → the attack and its options. Raises `ConfigError` for an unknown method or option."""
     from hpc.privacy.attack_config import AttackConfig
     from hpc.privacy.attacks.registry import method_of
     from hpc.reproduce.run import as_flag
 
     found = {}
-    for method, options in job.attacks.items():
-        flags = [f"--attack.{key}={as_flag(value)}" for key, value in {**options, "method": method}.items()]
+    for name, options in job.attacks.items():
+        flags = [f"--attack.{key}={as_flag(value)}" for key, value in {"method": name, **options}.items()]
         try:
-            method_of(method)
-            found[method] = parse_class(AttackConfig, "attack", flags)
+            found[name] = parse_class(AttackConfig, "attack", flags)
+            method_of(found[name].method)
         except ConfigError as error:
-            raise ConfigError(f"--preset {preset}: {error} (in attacks.methods.{method})") from None
+            raise ConfigError(f"--preset {preset}: {error} (in attacks.methods.{name})") from None
     return found
 
 
 def attacks_on(preset: str, job: Job, folder: Path) -> dict[str, Mapping[str, Any]]:
-    """Method → what came of it, from the run's recordings."""
+    """Name in the preset → what came of that attack, from the run's recordings."""
     from hpc.privacy.attack_run import attack_runs
 
     options = options_of(preset, job)
     results = attack_runs(folder, list(options.values()))
-    return {result.method: {key: result.document()[key] for key in KEPT} for result in results}
+    return {name: {key: result.document()[key] for key in KEPT} for name, result in zip(options, results, strict=True)}
 
 
 def drop_recordings(folder: Path) -> None:

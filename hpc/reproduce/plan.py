@@ -42,7 +42,7 @@ class Job:
     variant: str = ""
     """What sets it apart from runs that are alike in everything above."""
     attacks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Method → its options: what is tried on the run's recordings when it has ended."""
+    """Name → method and options: what is tried on the run's recordings when it has ended."""
 
     @property
     def name(self) -> str:

@@ -94,7 +94,7 @@ class Attacks:
     defences: Mapping[str, Flags]
     """The first one is the undefended run."""
     methods: Mapping[str, Flags]
-    """Attack → its options, as `launch/attack.py` has them behind `--attack.`."""
+    """Name → options, as `launch/attack.py` has them behind `--attack.`; its `method` is the name, if it is not given."""
     options: Flags = field(default_factory=dict)
     """The same for all attacks."""
     batches: int = 0
