@@ -60,6 +60,11 @@ def variant_of(blocks: int, defence: str) -> str:
     return f"cut{blocks}-{defence}"
 
 
+def _tried(attacks: Attacks, defence: str) -> Sequence[str]:
+    undefended = next(iter(attacks.defences))
+    return list(attacks.methods) if defence == undefended else attacks.on_defended or list(attacks.methods)
+
+
 def _job(preset: Preset, attacks: Attacks, task: str, blocks: int, defence: str, seed: int) -> Job:
     plan = preset.tasks[task]
     plan = replace(plan, batches=attacks.batches or plan.batches, flags={**plan.flags, **attacks.flags})
@@ -74,5 +79,5 @@ def _job(preset: Preset, attacks: Attacks, task: str, blocks: int, defence: str,
         plain,
         variant=variant_of(blocks, defence),
         flags={**plain.flags, **recorded, **own},
-        attacks={method: {**attacks.options, **options} for method, options in attacks.methods.items()},
+        attacks={name: {**attacks.options, **attacks.methods[name]} for name in _tried(attacks, defence)},
     )

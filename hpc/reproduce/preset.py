@@ -94,7 +94,9 @@ class Attacks:
     defences: Mapping[str, Flags]
     """The first one is the undefended run."""
     methods: Mapping[str, Flags]
-    """Name → options, as `launch/attack.py` has them behind `--attack.`; its `method` is the name, if it is not given."""
+    """Name → options, as `launch/attack.py` has them behind `--attack.`; `method` is the name if it is not given."""
+    on_defended: tuple[str, ...] = ()
+    """Those of `methods` that are tried on defended runs, too; none: all."""
     options: Flags = field(default_factory=dict)
     """The same for all attacks."""
     batches: int = 0
@@ -175,6 +177,7 @@ def _preset(name: str, content: object) -> Preset:
         _known("attacks", "model", [preset.attacks.model], preset.models)
         _known("attacks", "adapter", [preset.attacks.adapter], preset.adapters)
         _known("attacks", "task", preset.attacks.tasks, preset.tasks)
+        _known("attacks.on_defended", "attack", preset.attacks.on_defended, preset.attacks.methods)
     return preset
 
 
@@ -224,6 +227,7 @@ def _attacks(content: object) -> Attacks:
         cuts=sections.cuts(given["cuts"], "attacks.cuts"),
         defences=_flags_of_each({"attacks.defences": given["defences"]}, "attacks.defences"),
         methods=_flags_of_each({"attacks.methods": given["methods"]}, "attacks.methods"),
+        on_defended=sections.names(given["on_defended"], "attacks.on_defended") if "on_defended" in given else (),
         options=sections.flags(given.get("options"), "attacks.options"),
         flags=sections.flags(given.get("flags"), "attacks.flags"),
         **{

@@ -62,6 +62,13 @@ def test_noise_that_needs_a_norm_has_that_of_its_cut_unless_it_names_one(tmp_pat
     }  # fmt: skip
 
 
+def test_fewer_attacks_on_defended_runs_where_the_preset_says_so(tmp_path: Path) -> None:
+    jobs = attack_jobs(attacking(tmp_path, on_defended=["nearest_embedding"]))
+    tried = {job.variant: list(job.attacks) for job in jobs}
+    assert tried["cut0-none"] == ["nearest_embedding", "causal_search"]
+    assert tried["cut1-gauss"] == ["nearest_embedding"]
+
+
 def test_another_option_of_an_attack_makes_another_run(tmp_path: Path) -> None:
     one = attack_jobs(attacking(tmp_path))[0]
     other = attack_jobs(attacking(tmp_path, options={"max_rows": 5}))[0]
@@ -98,6 +105,7 @@ def test_table3_is_one_of_all_tables_where_there_are_attacks(tmp_path: Path) -> 
         ({"cuts": {0: 0}}, r"attacks\.cuts\.0 is 0; a norm to clip to must be a number above 0"),
         ({"cuts": {}}, r"attacks\.cuts must be a mapping"),
         ({"tasks": ["cb"]}, "attacks: task 'cb' is not one of rte, copa"),
+        ({"on_defended": ["fsha"]}, r"attacks\.on_defended: attack 'fsha' is not one of nearest_embedding"),
         ({"model": "huge"}, "attacks: model 'huge' is not one of tiny"),
         ({"victim": 1}, "attacks has an unknown key 'victim'"),
     ],
