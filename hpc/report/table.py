@@ -164,7 +164,7 @@ def _notes(summary: Summary) -> list[str]:
     if summary["link_bytes_per_step"]["cached"]:
         first, last = (size(summary[f"link_bytes_{name}_step"]) for name in ("first", "last"))
         notes.append(f"Payload of the first step {first}, of the last {last}: the server's cache spared the rest")
-    if summary["privacy"] is not None:
+    if summary.get("privacy") is not None:  # a summary of before there was noise has none
         notes.append(_privacy(summary["privacy"]))
     if all(loss is None for loss in summary["losses"]):
         notes.append(
