@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from hpc.model.build import ModelBuilder
 from hpc.model.continued import ContinuedLM, context_of
 from hpc.model.pretrained import load_tokenizer
 from hpc.privacy.defences.prepare import shield_to_generate
+from hpc.privacy.defences.telling import told_of_prompts
 from hpc.process import device_of, prepare_process
 from hpc.rendezvous import Rendezvous
 from hpc.report.events import EventLog
@@ -42,6 +44,8 @@ from hpc.split_chain import SplitChains
 from hpc.topology import Place
 from hpc.trained import Source, Wanted, source_of, take_up
 from hpc.trunk_link import TrunkLink
+
+log = logging.getLogger("hpc")
 
 REST_S = 10.0
 UNLIMITED = 2**16 - 1  # columns: what a header can say of a row
@@ -103,6 +107,8 @@ def asking(config: Config, place: Place, trained: str | None, wanted: Wanted = "
     prepare_process(config, place)
     source = source_of(trained, config, place.index, wanted) if trained else None
     shield = shield_to_generate(config, trained, place.index)
+    if config.privacy.defends:
+        log.info("%s", told_of_prompts(shield.figures(), config))
     meeting, channels = Rendezvous(place, config), dict[int, Channel]()
     with closing_links(channels), lost_if_broken("the trunk is gone or silent"):
         channels[0], _ = open_client_channel(

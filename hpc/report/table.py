@@ -164,11 +164,24 @@ def _notes(summary: Summary) -> list[str]:
     if summary["link_bytes_per_step"]["cached"]:
         first, last = (size(summary[f"link_bytes_{name}_step"]) for name in ("first", "last"))
         notes.append(f"Payload of the first step {first}, of the last {last}: the server's cache spared the rest")
+    if summary.get("privacy") is not None:  # a summary of before there was noise has none
+        notes.append(_privacy(summary["privacy"]))
     if all(loss is None for loss in summary["losses"]):
         notes.append(
             "Some client's event file is not in this folder, so losses and overall accuracy are not known here."
         )
     return notes + _incidents(summary)
+
+
+def _privacy(figures: Mapping[str, Any]) -> str:
+    if figures["epsilon"] is None:
+        return "Noise or clipping on what the clients send, but no guarantee: no epsilon can be named"
+    unit = {"token": "token row by itself", "example": "example"}[figures["unit"]]
+    return (
+        f"Privacy of one {unit}: epsilon {figures['epsilon']:.4g} at delta {figures['delta']:g} over "
+        f"{count(figures['releases'], 'release')} ({figures['client']}, which has the most; its log says what is not "
+        "covered)"
+    )
 
 
 def _incidents(summary: Summary) -> list[str]:

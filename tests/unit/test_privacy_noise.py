@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from hpc.config import AdapterConfig, Config, DataConfig, LinkConfig, ModelConfig, PrivacyConfig, TrainConfig
+from hpc import generate
+from hpc.config import AdapterConfig, Config, DataConfig, LinkConfig, ModelConfig, PrivacyConfig, RunConfig, TrainConfig
 from hpc.data.dataset import ClientData
+from hpc.errors import PeerLost
 from hpc.link.frame import Header
 from hpc.link.kinds import Kind
 from hpc.model.build import ModelBuilder
@@ -24,6 +27,7 @@ from hpc.privacy.defences.noise import FreshNoise, clip_rows, equal_norms, relea
 from hpc.privacy.defences.prepare import ledger_path
 from hpc.privacy.defences.shield import Shield
 from hpc.report.events import read_events, role_path
+from hpc.topology import Place, read_world
 from tests import plain
 from tests.loopback import Outcome, run_split
 from tests.unit.test_wire import Tap, found
@@ -312,3 +316,45 @@ def test_training_is_exact_for_the_function_with_clipping_and_noise(
     assert recorded.outcome.trained.keys() == trained.keys()
     for name, value in trained.items():
         torch.testing.assert_close(recorded.outcome.trained[name], value, rtol=1e-4, atol=1e-6)
+
+
+class Wire:
+    """A link of which only the sending end is there."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.sent: list[tuple[Header, torch.Tensor | None]] = []
+
+    def send(self, header: Header, tensor: torch.Tensor | None = None) -> None:
+        self.sent.append((header, tensor))
+
+    def recv(self, *args: Any, **kwargs: Any) -> Any:
+        raise PeerLost("nobody is there")
+
+    def rest(self) -> None:
+        pass
+
+    def link(self, client: int) -> None:
+        pass
+
+
+def test_generation_by_itself_has_the_noise_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `launch/generate.py` sends, up to the trunk's first answer."""
+    wire = Wire()
+    for name, stand_in in {
+        "Rendezvous": Wire,
+        "prepare_process": lambda *args: None,
+        "open_client_channel": lambda *args, **kwargs: (None, None),
+        "closing_links": lambda channels: nullcontext(),
+        "SteadyLink": lambda *args, **kwargs: wire,
+    }.items():
+        monkeypatch.setattr(generate, name, stand_in)
+    config, ids = replace(tiny(), run=RunConfig(device="cpu")), list(range(5, 255))
+    place = Place(role="client", index=0, world=read_world({}))
+    with pytest.raises(PeerLost), generate.asking(config, place, None) as model:
+        model.generate(torch.tensor([ids]), max_new_tokens=1, do_sample=False)
+    header, sent_SD = wire.sent[0]
+    head, _ = ModelBuilder.of(config).client_parts(adapted=False)
+    assert header.kind is Kind.DECODE
+    assert sent_SD is not None
+    with torch.no_grad():
+        moments(sent_SD - clip_rows(exact_rows(head.eval(), [ids]), CLIP), SIGMA * CLIP)

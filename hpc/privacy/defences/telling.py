@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpc.config import Config
+from hpc.privacy.defences.accounting import Mechanism, Releases
 
 _UNITS = {
     "token": "one token row by itself (rows behind it depend on the same token, and this promises nothing of them)",
@@ -23,6 +24,18 @@ def told(figures: Mapping[str, Any], config: Config) -> str:
     return (
         f"{_measures(figures)}; at delta {figures['delta']:g}: {of_all}, {of_made}, of {_UNITS[figures['unit']]}. "
         f"Not covered: {'; '.join(not_covered(config))}"
+    )
+
+
+def told_of_prompts(figures: Mapping[str, Any], config: Config) -> str:
+    """One line for generation: prompts are no examples of a run, so each release stands for itself."""
+    if not figures["noise_multiplier"]:
+        return f"privacy: {_measures(figures)}; no guarantee"
+    mechanism = Mechanism(rows=1, noise_multiplier=figures["noise_multiplier"])
+    epsilon = mechanism.epsilon(Releases(smashed=1), config.privacy.delta)
+    return (
+        f"privacy: {_measures(figures)}; epsilon {epsilon:.4g} at delta {config.privacy.delta:g} for each time that a "
+        "token row leaves, by itself; with beams it leaves once for each. It is on no run's account"
     )
 
 
