@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import List, Literal
 
 from hpc.rules import require, require_at_least
 
@@ -24,6 +24,7 @@ class InverterOptions:
     hidden: int = 256
     """Width of the GRU (each way) or of the transformer."""
     layers: int = 1
+    """Of the GRU or of the transformer."""
     heads: int = 4
     """Attention heads of the transformer."""
     epochs: int = 20
@@ -72,7 +73,7 @@ class OptimisationOptions:
 class LabelOptions:
     """Which labels are thought of."""
 
-    candidates: list[int] = field(default_factory=list)
+    candidates: List[int] = field(default_factory=list)
     """Token ids, such as those of a task's choices; empty: those of the whole vocabulary that fit best at first
     sight."""
     shortlist: int = 32
