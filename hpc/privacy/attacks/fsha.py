@@ -49,9 +49,10 @@ class Pilot(nn.Module):
 
     def __init__(self, size: int, hidden: int) -> None:
         super().__init__()
-        self.more = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, size))
-        nn.init.zeros_(self.more[2].weight)
-        nn.init.zeros_(self.more[2].bias)
+        last = nn.Linear(hidden, size)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.more = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), last)
 
     def forward(self, embeddings_SD: torch.Tensor) -> torch.Tensor:
         features_SD: torch.Tensor = embeddings_SD + self.more(embeddings_SD)
