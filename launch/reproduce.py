@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     from hpc.reproduce.render import render, render_preset
 
     if own.what == "render":
-        for path in [*render(results, PRESETS, others=[preset]), *render_measured(results)]:
+        for path in [*render(results, PRESETS, others=[preset]), *render_measured(results), *quoted(results)]:
             print(path)
         return 0
     if own.what == "efficiency":
@@ -69,6 +69,19 @@ def main(argv: list[str]) -> int:
         bench.run_all(jobs)
         show(render_preset(results, preset), preset, ["tuning"] if own.what == "tune" else tables)
     return efficiency(own, preset, argv) if measures else 0
+
+
+def quoted(results: Path) -> list[Path]:
+    """The repository's page that quotes table 3 of the small preset, written again from its runs."""
+    from hpc.reproduce.attack_rows import attacked_rows
+    from hpc.reproduce.measured_docs import PRESET, fill_in
+    from hpc.reproduce.render import runs_of
+
+    if results.resolve() != ROOT / "results":
+        return []
+    preset = load_preset(PRESET, PRESETS)
+    path = fill_in(ROOT, attacked_rows(preset, runs_of(results, preset, say=lambda line: None)))
+    return [path] if path else []
 
 
 def check_efficiency(own: argparse.Namespace, preset: Preset) -> None:
