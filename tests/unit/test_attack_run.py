@@ -171,7 +171,7 @@ def test_the_runs_own_flags_are_handed_on() -> None:
 def test_enough_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config()
     config = replace(config, train=replace(config.train, max_steps=50, clients=2, per_client_batch_size=4))
-    assert steps_to_record(config, AttackConfig(max_rows=16)) == 8
+    assert steps_to_record(config, AttackConfig(max_rows=16)) == 4
     assert steps_to_record(config, AttackConfig(max_rows=0)) == 50
     assert steps_to_record(config, AttackConfig(max_rows=1000)) == 50
     turns = replace(config, train=replace(config.train, schedule="serial", sync_every=10))
