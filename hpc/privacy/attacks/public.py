@@ -16,6 +16,7 @@ from hpc.errors import ModelError
 from hpc.model.build import ModelBuilder
 from hpc.model.part import Part
 from hpc.model.pretrained import load_tokenizer
+from hpc.privacy.defences.noise import clip_rows
 
 _IDS_AT_ONCE = 4096
 
@@ -60,6 +61,11 @@ class PublicModel:
     def tokenizer(self) -> Any:
         """The model's own."""
         return load_tokenizer(ModelBuilder.of(self.config).resolver)
+
+    def as_sent(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        """What a client of the run makes of such rows before they leave, noise aside: clipped, if the run clips."""
+        norm = self.config.privacy.clip_norm
+        return clip_rows(rows_TD, norm) if norm else rows_TD
 
     @property
     def vocabulary(self) -> int:
