@@ -14,7 +14,7 @@ from hpc.reproduce.plan import Job
 if TYPE_CHECKING:
     from hpc.privacy.attack_config import AttackConfig
 
-KEPT = ("rows", "tokens", "shadow_rows", "steps", "seconds", "scores", "figures")
+KEPT = ("options", "rows", "tokens", "shadow_rows", "steps", "seconds", "scores", "figures")
 """Of an attack's own file; the rest is the run's, and in its file already."""
 
 

@@ -32,12 +32,13 @@ def test_causal_search_is_exact_through_public_blocks(family: str, blocks: int, 
 
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_clipping_alone_hides_nothing_from_who_knows_of_it(blocks: int, tmp_path: Path) -> None:
-    """All rows are made equally long, so by plain distance the shortest outputs would win."""
+    """All rows but those of zeros (padding's) become equally long: by plain distance the shortest outputs would win."""
     public = public_model("llama", blocks, tmp_path)
     rows = draw_rows(public.vocabulary, LENGTHS)
     hidden = plain_hidden("llama", tmp_path, rows, block=blocks)
-    norm = 0.5 * min(float(row_TD.norm(dim=-1).min()) for row_TD in hidden)
-    seen = seen_from(rows, [norm * row_TD / row_TD.norm(dim=-1, keepdim=True) for row_TD in hidden])
+    norms_S1 = torch.cat(hidden).norm(dim=-1, keepdim=True)
+    norm = 0.5 * float(norms_S1[norms_S1 > 0].min())
+    seen = seen_from(rows, [row_TD * (norm / row_TD.norm(dim=-1, keepdim=True)).clamp(max=1) for row_TD in hidden])
     public.config = replace(public.config, privacy=PrivacyConfig(clip_norm=norm))
     assert causal_search(seen, public, ALL) == [rows[:2], rows[2:]]
     if blocks == 0:
