@@ -139,6 +139,8 @@ class ClientStepRun:
         else:
             piece = self._pieces[index]
             grad_BTD, finite, scale = self._grads.pop(index)
+            if self._side.shield.config.gradient_clip_norm:  # which lets nothing through that is not finite
+                finite = finite and bool(grad_BTD.isfinite().all())
             grad_BTD = self._side.shield.gradient(grad_BTD, piece.lengths, loss_scale=scale)
             if self._side.detector is not None and self._side.traits.head_learns:
                 self._side.detector.sent(index, grad_BTD)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hpc.errors import ConfigError, HpcError
 from hpc.privacy.attack_config import AttackConfig
 from hpc.privacy.attacks.registry import method_of
 from hpc.rendezvous import made_up_folder
-from hpc.schedule import total_steps
+from hpc.schedule import clients_of_step, total_steps
 
 OWN = "--attack."
 _GRACE_S = 20.0  # for a run that is interrupted to end its roles
@@ -55,8 +56,15 @@ def steps_to_record(config: Config, options: AttackConfig) -> int:
     whole, train = total_steps(config.train), config.train
     if options.max_rows == 0 or method_of(options.method).needs_shadow:
         return whole
-    # Where clients take turns, each is in one of so many steps.
-    return min(whole, math.ceil(options.max_rows / train.per_client_batch_size) * train.clients)
+    batches = math.ceil(options.max_rows / train.per_client_batch_size)
+    # Clients may take turns of several steps, or be drawn by lot for a round.
+    least = {client: batches for client in (options.victim, options.colluder) if client in range(train.clients)}
+    taken: Counter[int] = Counter()
+    for step in range(options.first_step, whole):
+        taken.update(clients_of_step(train, step))
+        if all(taken[client] >= least[client] for client in least):
+            return step + 1
+    return whole
 
 
 def _check_clients(config: Config, options: AttackConfig) -> None:

@@ -39,6 +39,9 @@ class AttackConfig:
     """The client that gives its data to the server: shadow data to learn from, and for the floors. null: nobody."""
     max_rows: int = 16
     """At most so many of the victim's rows are attacked; 0: all that were recorded."""
+    first_step: int = 0
+    """The victim's rows are those of this step (from 0) and later ones. In the first steps of a run a client's head is
+    still the public one, or nearly, which makes an attack through the public blocks easier."""
     max_shadow_rows: int = 0
     """At most so many of the colluder's rows are used; 0: all that were recorded."""
     seed: int = 0
@@ -55,6 +58,7 @@ class AttackConfig:
     def __post_init__(self) -> None:
         require_at_least("attack.victim", self.victim, 0)
         require_at_least("attack.max_rows", self.max_rows, 0)
+        require_at_least("attack.first_step", self.first_step, 0)
         require_at_least("attack.max_shadow_rows", self.max_shadow_rows, 0)
         require_at_least("attack.seed", self.seed, 0)
         if self.colluder is not None:

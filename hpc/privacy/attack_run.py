@@ -38,7 +38,7 @@ def attack_run(run_folder: Path, options: AttackConfig, public: PublicModel | No
     """
     method, config = method_of(options.method), config_of(run_folder)
     everything = recorded.load(run_folder, options.victim)
-    victim = recorded.first_rows(everything, options.max_rows)
+    victim = recorded.first_rows(_from_step(everything, options.first_step), options.max_rows)
     shadow = _shadow(run_folder, options, method, config)
     refuse_overlap(options, shadow, everything)
     public = public or PublicModel.of(config)
@@ -76,6 +76,16 @@ def config_of(run_folder: Path) -> Config:
             f"{run_folder} has no config.yaml, so it is no run's folder; give the --run.output_dir of a run"
         )
     return parse(make_parser(""), ["--config", str(path)])[0]
+
+
+def _from_step(samples: Sequence[Sample], first: int) -> list[Sample]:
+    late = [sample for sample in samples if sample.seen.step >= first]
+    if not late:
+        raise DataError(
+            f"--attack.first_step {first}: the last step that was recorded of client {samples[-1].seen.client_id} is "
+            f"{samples[-1].seen.step}; name an earlier one, or record more with --privacy.record_steps"
+        )
+    return late
 
 
 def refuse_overlap(options: AttackConfig, shadow: Sequence[Sample], victim: Sequence[Sample]) -> None:

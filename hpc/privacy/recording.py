@@ -45,6 +45,10 @@ class TrunkRecorder:
         """What the configuration asks for. An earlier attempt's recordings of steps from `start` on are removed."""
         own, steps = folder / RECORDINGS / f"trunk-{rank}", config.privacy.record_steps
         forget(own, start)
+        for other in own.parent.glob("trunk-*"):  # of ranks that the run no longer has: nobody else removes them
+            number = other.name.removeprefix("trunk-")
+            if number.isdigit() and int(number) >= config.trunk.ranks:
+                forget(other, start)
         return TrunkRecorder(folder, rank=rank, steps=steps) if _told(own, "what clients send", steps) else None
 
     def smashed(self, micro: Micro, header: Header, smashed_SD: torch.Tensor) -> None:

@@ -31,9 +31,11 @@ HOW = (
     "An attacker has the published weights, what the trunk received of the victim, and all the text of one colluding "
     "client with what the trunk received for it. A cell is the percentage of the victim's tokens that are recovered at "
     "their place, prompt and answer together; of `label_inference`, of the answers' tokens. In brackets: the 95 % "
-    "confidence interval (bootstrap over rows). `floor`: the best of those who saw nothing, which are unrelated text, "
-    "the commonest token everywhere, and a language model that is told all true tokens before each place. Utility is "
-    "measured with the same defence switched on, so it is what that defence costs."
+    "confidence interval (bootstrap over rows; of `label_inference`, over batches). `floor`: the best of those who saw "
+    "nothing, which are unrelated text, the commonest token everywhere, and a language model that is told all true "
+    "tokens before each place; it is a floor of tokens, and says nothing about labels. Utility is measured with the "
+    "same defence switched on, so it is what that defence costs. The victim's rows are the first that it sent, so its "
+    "head had learned for no more than the steps that are named."
 )
 EPSILON = (
     "ε: of one token row over all its releases in the run, at the run's δ (`docs/threat-model.md` says what that does "
@@ -68,10 +70,14 @@ def page(preset: Preset, rows: Sequence[Attacked], runs: Runs) -> str:
 
 
 def _task(task: str, rows: Sequence[Attacked]) -> list[str]:
-    sizes = ", ".join(dict.fromkeys(f"{row.victim_rows} rows, {row.victim_tokens} tokens" for row in rows))
+    sizes = ", ".join(dict.fromkeys(_sent(row) for row in rows))
     parts = [f"## {task}", f"Of the victim: {sizes}.", _leaks(rows)]
     plain = [row for row in rows if row.defence == rows[0].defence]
     return [*parts, f"### {task}, undefended: every score", _every_score(plain)]
+
+
+def _sent(row: Attacked) -> str:
+    return f"{row.victim_rows} rows, {row.victim_tokens} tokens, sent in steps {row.steps[0]} to {row.steps[1]}"
 
 
 def _leaks(rows: Sequence[Attacked]) -> str:

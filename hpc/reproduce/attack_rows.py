@@ -45,6 +45,8 @@ class Attacked:
     """Of the run's noise; none without a guarantee."""
     victim_rows: int
     victim_tokens: int
+    steps: tuple[int, int]
+    """First and last step in which these were sent, from 0."""
     scores: Mapping[str, Mapping[str, Score]]
     """Attack → score → value. Attacks on labels have other scores than those on text."""
     figures: Mapping[str, Mapping[str, float]]
@@ -101,6 +103,7 @@ def _row(raw: Mapping[str, Any], task: str, seed: int, blocks: int, defence: str
         epsilon=(raw.get("privacy") or {}).get("epsilon"),
         victim_rows=first["rows"],
         victim_tokens=first["tokens"],
+        steps=(first["steps"][0], first["steps"][1]),
         scores={
             method: {name: _score(each) for name, each in found["scores"].items()} for method, found in attacks.items()
         },

@@ -14,7 +14,7 @@ from hpc.reproduce.plan import Job
 if TYPE_CHECKING:
     from hpc.privacy.attack_config import AttackConfig
 
-KEPT = ("rows", "tokens", "shadow_rows", "steps", "seconds", "scores", "figures")
+KEPT = ("options", "rows", "tokens", "shadow_rows", "steps", "seconds", "scores", "figures")
 """Of an attack's own file; the rest is the run's, and in its file already."""
 
 
@@ -41,7 +41,8 @@ def attacks_on(preset: str, job: Job, folder: Path) -> dict[str, Mapping[str, An
 
     options = options_of(preset, job)
     results = attack_runs(folder, list(options.values()))
-    return {name: {key: result.document()[key] for key in KEPT} for name, result in zip(options, results, strict=True)}
+    documents = [result.document() for result in results]
+    return {name: {key: found[key] for key in KEPT} for name, found in zip(options, documents, strict=True)}
 
 
 def drop_recordings(folder: Path) -> None:

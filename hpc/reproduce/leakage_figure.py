@@ -18,7 +18,7 @@ MARKERS = "osD^vP*X"
 
 
 def draw_leakage(rows: Sequence[Attacked], title: str, path: Path) -> bool:
-    """Right: more is lost; down: more is recovered. False: there is nothing to draw."""
+    """Right: more is lost; up: more is recovered. False: there is nothing to draw."""
     rows = [row for row in rows if row.leak()]
     tasks = list(dict.fromkeys(row.task for row in rows))
     if not rows:

@@ -25,7 +25,11 @@ def leaks_in_short(rows: Sequence[Attacked]) -> str:
         [task, str(blocks), *(_cell(found.get((task, blocks, defence, seed))) for defence in defences)]
         for task, blocks, seed in places
     ]
-    said = "Tokens that the best attack recovers; loss on held-out examples (nats a label token)."
+    said = (
+        "Tokens that the best of the attacks tried recovers; loss on held-out examples (nats a label token). On "
+        "defended runs fewer attacks may have been tried, so their numbers are the least that leaks: "
+        f"`results/tables/{NAME}-{PRESET}.md` says which."
+    )
     return f"{said}\n\n{markdown(('task', 'blocks on the client', *defences), lines, words=2)}"
 
 

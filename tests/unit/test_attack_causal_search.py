@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from hpc.config import PrivacyConfig
 from hpc.errors import ModelError
 from hpc.privacy.attack_config import CausalSearchConfig
 from hpc.privacy.attacks.causal_search import causal_search
@@ -25,6 +27,23 @@ def test_causal_search_is_exact_through_public_blocks(family: str, blocks: int, 
     seen = seen_from(rows, plain_hidden(family, tmp_path, rows, block=blocks))
     assert causal_search(seen, public, ALL) == [rows[:2], rows[2:]]
     if blocks == 2:  # what it adds: by embeddings alone much is lost
+        assert nearest_embedding(seen, public) != [rows[:2], rows[2:]]
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_clipping_alone_hides_nothing_from_who_knows_of_it(blocks: int, tmp_path: Path) -> None:
+    """All rows but those of zeros (padding's) become equally long: by plain distance the shortest outputs would win."""
+    public = public_model("llama", blocks, tmp_path)
+    rows = draw_rows(public.vocabulary, LENGTHS)
+    hidden = plain_hidden("llama", tmp_path, rows, block=blocks)
+    norms_S1 = torch.cat(hidden).norm(dim=-1, keepdim=True)
+    norm = 0.5 * float(norms_S1[norms_S1 > 0].min())
+    seen = seen_from(rows, [row_TD * (norm / row_TD.norm(dim=-1, keepdim=True)).clamp(max=1) for row_TD in hidden])
+    public.config = replace(public.config, privacy=PrivacyConfig(clip_norm=norm))
+    assert causal_search(seen, public, ALL) == [rows[:2], rows[2:]]
+    if blocks == 0:
+        assert nearest_embedding(seen, public) == [rows[:2], rows[2:]]
+        public.config = replace(public.config, privacy=PrivacyConfig())
         assert nearest_embedding(seen, public) != [rows[:2], rows[2:]]
 
 

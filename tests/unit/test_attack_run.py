@@ -101,6 +101,15 @@ def test_an_attack_gets_what_the_server_has_and_no_truth_of_the_victims(
         attack_run(run_folder, AttackConfig(method="told", colluder=None))
 
 
+def test_later_rows_can_be_asked_for(run_folder: Path) -> None:
+    last = load(run_folder, 0)[-1]
+    assert last.seen.step > 0
+    result = attack_run(run_folder, AttackConfig(max_rows=1, first_step=last.seen.step))
+    assert (result.steps, result.tokens) == ((last.seen.step, last.seen.step), len(last.truth.ids[0]))
+    with pytest.raises(DataError, match=r"--attack\.first_step 99: the last step that was recorded"):
+        attack_run(run_folder, AttackConfig(first_step=99))
+
+
 def test_a_colluder_who_has_the_victims_rows_is_refused(run_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(run_folder, tmp_path / "run"))
     for role in ("trunk-0", "client-1"):
@@ -162,9 +171,14 @@ def test_the_runs_own_flags_are_handed_on() -> None:
 def test_enough_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config()
     config = replace(config, train=replace(config.train, max_steps=50, clients=2, per_client_batch_size=4))
-    assert steps_to_record(config, AttackConfig(max_rows=16)) == 8
+    assert steps_to_record(config, AttackConfig(max_rows=16)) == 4
     assert steps_to_record(config, AttackConfig(max_rows=0)) == 50
     assert steps_to_record(config, AttackConfig(max_rows=1000)) == 50
+    turns = replace(config, train=replace(config.train, schedule="serial", sync_every=10))
+    assert steps_to_record(turns, AttackConfig(max_rows=16)) == 14, "the colluder's turn begins behind 10 steps"
+    assert steps_to_record(turns, AttackConfig(max_rows=16, colluder=None)) == 4
+    assert steps_to_record(turns, AttackConfig(max_rows=48, colluder=7)) == 22, "client 0 again behind 20"
+    assert steps_to_record(config, AttackConfig(max_rows=16, first_step=30)) == 34
     monkeypatch.setitem(registry.METHODS, "learns", Method(runner=lambda: lambda material: Found(), needs_shadow=True))
     assert steps_to_record(config, AttackConfig(method="learns")) == 50
 

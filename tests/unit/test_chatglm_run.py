@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from hpc.link.frame import Header
 from hpc.link.kinds import Kind
 from hpc.model.build import ModelBuilder
 from hpc.model.pretrained import load_tokenizer
+from hpc.privacy.attacks.nearest_embedding import nearest_embedding
+from hpc.privacy.attacks.public import PublicModel
+from hpc.privacy.seen import Seen
 from hpc.report.events import read_events, role_path
 from tests.loopback import run_centralised, run_split
 from tests.plain import plain_losses
@@ -89,6 +93,16 @@ def test_generation_is_the_uncut_models(folder: Path) -> None:
         for ways in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
             given = {"attention_mask": mask_BT, "max_new_tokens": 12, "pad_token_id": 3, **ways}
             assert torch.equal(served.models[0].generate(ids_BT, **given), served.plain.generate(ids_BT, **given))
+
+
+def test_the_nearest_public_embedding_reads_a_client_without_blocks(folder: Path) -> None:
+    config = config_of(folder)
+    config = replace(config, model=replace(config.model, head_blocks=0))
+    public = PublicModel.of(config)
+    ids = [9, 20, 31, 12, 5, 6, 40]  # [gMASK] <sop>
+    embeddings_VD = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.detach()
+    seen = Seen(client_id=0, step=0, lengths=(len(ids),), smashed_SD=embeddings_VD[ids].float())
+    assert nearest_embedding([seen], public) == [[ids]]
 
 
 @pytest.mark.parametrize("layout", [(), (1, 3), (2, 1)], ids=["none", "beyond the row", "mask after the context"])

@@ -192,6 +192,8 @@ def test_what_is_told_names_the_unit_and_what_is_not_covered(tmp_path: Path) -> 
         assert unit in words
         for part in ("gradients that go back", "client head learns", "client parts' gradients", "row lengths"):
             assert part in words
+        assert "numbers of label tokens" in words
+        assert "the norm of the client parts' gradient" in words
     config = config_of(clip_norm=0, noise_scale=1.0)
     assert "no guarantee" in told(shield_for(config, data_of(), tmp_path / "fedsea").figures(), config)
 

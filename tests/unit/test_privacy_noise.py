@@ -116,6 +116,20 @@ def test_two_processes_with_the_same_seed_draw_other_noise() -> None:
     assert told != drawn_after_seed_0()
 
 
+@pytest.mark.parametrize("loss_scale", [1.0, 3e38, 0.0, math.inf, math.nan])
+def test_what_overflows_is_not_told_by_what_leaves(loss_scale: float) -> None:
+    """A server that chooses the loss scale could else read, value by value and without noise, which are large."""
+    shield = Shield(PrivacyConfig(gradient_clip_norm=GRADIENT_CLIP, gradient_noise_multiplier=SIGMA))
+    sent_BTD = shield.gradient(ROWS_TD[None, -4:] * loss_scale, [4], loss_scale=loss_scale)
+    assert bool(sent_BTD.isfinite().all()) is (loss_scale < math.inf)
+    assert sent_BTD.isfinite().any() == sent_BTD.isfinite().all(), "alike for all values"
+
+
+def test_a_row_that_is_not_finite_becomes_zeros() -> None:
+    rows_TD = torch.tensor([[1.0, math.inf, 0.0], [math.nan, 2.0, 2.0], [1e30, 0.0, 0.0]])
+    assert torch.equal(clip_rows(rows_TD, CLIP), torch.zeros(3, 3))
+
+
 def test_a_row_of_zeros_has_a_gradient_through_the_clipping() -> None:
     rows_TD = torch.zeros(2, 3, requires_grad=True)
     clip_rows(rows_TD, 1.0).sum().backward()  # type: ignore[no-untyped-call]

@@ -27,6 +27,7 @@ from hpc.link.kinds import Kind
 from hpc.model.build import ModelBuilder
 from hpc.model.pretrained import load_tokenizer
 from hpc.privacy.recorded import first_rows, load, load_sealed, load_seen
+from hpc.privacy.recording import TrunkRecorder, name_of, write
 from tests.loopback import run_split
 
 STEPS = 2  # of three
@@ -158,6 +159,17 @@ def test_a_run_without_recordings_leaves_none_and_removes_those_of_an_earlier_ru
     assert not list((tmp_path / "recordings").rglob("*.safetensors"))
     with pytest.raises(DataError, match=r"has no recordings .* run it again with --privacy.record_steps N"):
         load(tmp_path, 0)
+
+
+def test_an_earlier_attempts_further_ranks_are_forgotten(tmp_path: Path) -> None:
+    """Theirs would be taken for this run's."""
+    paths = [tmp_path / "recordings" / f"trunk-{rank}" / name_of(0, step, 0) for rank in range(3) for step in (1, 2)]
+    for path in paths:
+        write(path, {"lengths": torch.tensor([1])})
+    own = replace(config(), trunk=TrunkConfig(ranks=2))
+    TrunkRecorder.of(own, tmp_path, rank=0, start=2)
+    kept = [f"{path.parent.name} {path.name.split('.')[1]}" for path in paths if path.exists()]
+    assert kept == ["trunk-0 step-1", "trunk-1 step-1", "trunk-1 step-2", "trunk-2 step-1"]
 
 
 def test_a_client_that_was_not_recorded_is_named(run_folder: Path) -> None:

@@ -187,7 +187,7 @@ def test_the_page_has_leak_and_cost_side_by_side(tmp_path: Path) -> None:
     assert line_of(page, "1", "causal_search") == ["1", "causal_search", "30.0 (3.0)", "30.0 (3.0)", "–"]
     assert line_of(page, "published, ChatGLM-6B", "0")[3] == "28.570"
     assert "13 of 16 runs are missing" in page
-    assert "Of the victim: 4 rows, 80 tokens." in page
+    assert "Of the victim: 4 rows, 80 tokens, sent in steps 0 to 1." in page
 
 
 def test_the_csv_has_every_score_unrounded(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ import torch
 
 from hpc.errors import ModelError
 from hpc.model.memory import Memory
-from hpc.model.part import Part
 from hpc.privacy.attack_config import CausalSearchConfig
 from hpc.privacy.attacks.public import PublicModel
 from hpc.privacy.seen import Seen
@@ -72,14 +71,14 @@ class _Search:
         """
         best = _Best(target_D, rounding=_ROUNDING[self.public.head.model.dtype], clear=self.clear)
         few_C = looks.order(target_D - shift_D, min(_FIRST, self.candidates))
-        outputs_CD = _outputs(self.public.head, few_C, memory)
+        outputs_CD = _outputs(self.public, few_C, memory)
         best.take(few_C, outputs_CD)
         if best.is_enough or len(few_C) == self.candidates:
             return best.token
         shift_D = (outputs_CD - looks.outputs_VD[few_C]).mean(0)
         for ids_C in looks.order(target_D - shift_D, self.candidates).split(_MORE):
             ids_C = ids_C[~torch.isin(ids_C, few_C)]
-            best.take(ids_C, _outputs(self.public.head, ids_C, memory))
+            best.take(ids_C, _outputs(self.public, ids_C, memory))
             if best.is_enough:
                 break
         return best.token
@@ -87,7 +86,7 @@ class _Search:
     def _looks_at(self, position: int, found: Sequence[int]) -> _Looks:
         behind = min(position, 1)
         if behind not in self.looks:
-            self.looks[behind] = _Looks.of(self.public.head, self.public.vocabulary, found[:behind])
+            self.looks[behind] = _Looks.of(self.public, found[:behind])
         return self.looks[behind]
 
 
@@ -103,9 +102,10 @@ class _Looks:
 
     @staticmethod
     @torch.no_grad()
-    def of(head: Part, vocabulary: int, before: Sequence[int]) -> _Looks:
-        rows = torch.tensor([[*before, id_] for id_ in range(vocabulary)])
-        outputs_VD = torch.cat([head(ids)[:, -1].float() for ids in rows.split(_IDS_AT_ONCE)])
+    def of(public: PublicModel, before: Sequence[int]) -> _Looks:
+        rows = torch.tensor([[*before, id_] for id_ in range(public.vocabulary)])
+        outputs_VD = torch.cat([public.head(ids)[:, -1].float() for ids in rows.split(_IDS_AT_ONCE)])
+        outputs_VD = public.as_sent(outputs_VD)
         spread_D = outputs_VD.std(0).clamp(min=1e-6)
         scaled_VD = outputs_VD / spread_D
         return _Looks(
@@ -141,8 +141,9 @@ class _Best:
         return self._least <= max(self._rounding, self._clear * self._next if self._next < math.inf else 0.0)
 
 
-def _outputs(head: Part, ids_C: torch.Tensor, memory: Memory) -> torch.Tensor:
-    """What each candidate would give as the next token, float32 `_CD`; `memory` stays as it is."""
+def _outputs(public: PublicModel, ids_C: torch.Tensor, memory: Memory) -> torch.Tensor:
+    """What would be sent of each candidate as the next token, float32 `_CD`; `memory` stays as it is."""
     tried = copy.deepcopy(memory)
     tried.reorder(torch.zeros(len(ids_C), dtype=torch.int64))
-    return head.extend(ids_C[:, None], tried, torch.ones(len(ids_C), 1, dtype=torch.int64))[:, 0].float()
+    outputs_CTD = public.head.extend(ids_C[:, None], tried, torch.ones(len(ids_C), 1, dtype=torch.int64))
+    return public.as_sent(outputs_CTD[:, 0].float())

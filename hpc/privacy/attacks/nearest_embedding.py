@@ -21,6 +21,8 @@ def nearest_embedding(seen: Sequence[Seen], public: PublicModel) -> list[list[li
     entries_VD = public.entries_VD()
     longest = max((max(each.lengths) for each in seen), default=1)
     offsets_TD = public.offsets_TD(longest)
+    if not offsets_TD.any():  # else each position would have clipped entries of its own
+        entries_VD = public.as_sent(entries_VD)
     return [[_row(row_TD - offsets_TD[: len(row_TD)], entries_VD) for row_TD in each.rows_TD()] for each in seen]
 
 

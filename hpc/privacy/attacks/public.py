@@ -16,6 +16,7 @@ from hpc.errors import ModelError
 from hpc.model.build import ModelBuilder
 from hpc.model.part import Part
 from hpc.model.pretrained import load_tokenizer
+from hpc.privacy.defences.noise import clip_rows
 
 _IDS_AT_ONCE = 4096
 
@@ -61,6 +62,11 @@ class PublicModel:
         """The model's own."""
         return load_tokenizer(ModelBuilder.of(self.config).resolver)
 
+    def as_sent(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        """What a client of the run makes of such rows before they leave, noise aside: clipped, if the run clips."""
+        norm = self.config.privacy.clip_norm
+        return clip_rows(rows_TD, norm) if norm else rows_TD
+
     @property
     def vocabulary(self) -> int:
         """V: token ids are below it."""
@@ -70,7 +76,12 @@ class PublicModel:
     def entries_VD(self) -> torch.Tensor:
         """What the first block gets of each token at the first position, float32."""
         ids_V = torch.arange(self.vocabulary)
-        return torch.cat([self.entry(ids[:, None])[:, 0].float() for ids in ids_V.split(_IDS_AT_ONCE)])
+        return torch.cat([self._entries(ids[:, None])[:, 0] for ids in ids_V.split(_IDS_AT_ONCE)])
+
+    def _entries(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """float32 `_BTD`. Where positions follow from token ids (ChatGLM), they come in with the first block only."""
+        layout_B2 = torch.zeros(len(ids_BT), 2, dtype=torch.int64) if self.entry.needs_layout else None
+        return self.entry(ids_BT, layout_B2=layout_B2).float()
 
     @torch.no_grad()
     def offsets_TD(self, tokens: int) -> torch.Tensor:
@@ -79,7 +90,7 @@ class PublicModel:
         Raises `ModelError` for a model whose first positions do not just add to its embeddings.
         """
         two_ids_BT = torch.tensor([[0], [self.vocabulary - 1]]).expand(2, tokens)
-        entries_BTD = self.entry(two_ids_BT).float()
+        entries_BTD = self._entries(two_ids_BT)
         offsets_BTD = entries_BTD - entries_BTD[:, :1]
         if not torch.allclose(offsets_BTD[0], offsets_BTD[1], atol=1e-2 * float(entries_BTD.abs().max())):
             raise ModelError(f"{self.config.model.name_or_path}: its positions do not just add to its embeddings")

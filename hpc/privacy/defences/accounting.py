@@ -10,10 +10,11 @@ sensitivity 2 C.
 - unit `example`: all rows of an example of at most T tokens, which together change by at most 2 C sqrt(T): the promise
   for one example of the client's own file against any other text of the same length.
 
-What is not protected: row lengths; gradients that go back, unless these are noised too (then they are counted in); what
-the client parts learn, where their gradients or values go to the server; with client heads that learn, what the rows
-of other examples tell through the changed weights; a text that is in the data twice (each copy is a unit of its own,
-as are held-out examples). No amplification by sampling is claimed: the server knows which examples are in which step.
+What is not protected: row lengths and numbers of label tokens; gradients that go back, unless these are noised too
+(then they are counted in); what the client parts learn, where their gradients or values go to the server, and the norm
+of their gradient; with client heads that learn, what the rows of other examples tell through the changed weights; a
+text that is in the data twice (each copy is a unit of its own, as are held-out examples). No amplification by sampling
+is claimed: the server knows which examples are in which step.
 
 The composition over releases is dp_accounting's, by privacy loss distributions.
 """

@@ -30,7 +30,7 @@ from hpc.errors import TrunkSuspected
 WINDOW = 32  # rows
 LEAST_ROWS = 16  # of fewer, chance decides too much
 LEAST_SPREAD = 1e-3  # mean squared centred similarity of what was sent, below which there is nothing to tell apart
-SUSPICIOUS = 0.35  # alignment; figures of honest and hostile trunks are in the tests and in docs/threat-model.md
+SUSPICIOUS = 0.35  # alignment; tests/unit/test_detector.py has honest and hostile trunks on either side
 LEAST_STRAY = 1e-3  # share of a returned gradient's length that may lie where none can be: rounding of other kernels
 
 _log = logging.getLogger("hpc")

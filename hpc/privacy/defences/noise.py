@@ -44,8 +44,13 @@ class FreshNoise:
 
 
 def clip_rows(rows_BTD: torch.Tensor, norm: float) -> torch.Tensor:
-    """Rows longer than `norm` (L2, over D) scaled down to it; float32, differentiable."""
+    """Rows longer than `norm` (L2, over D) scaled down to it; float32, differentiable.
+
+    A row that is not finite becomes zeros: no noise hides an infinity or a NaN, and which values overflow depends on
+    the text, and on a loss scale that the server chooses.
+    """
     rows_BTD = rows_BTD.float()
+    rows_BTD = torch.where(rows_BTD.isfinite().all(-1, keepdim=True), rows_BTD, 0.0)
     squares_BT1 = rows_BTD.square().sum(-1, keepdim=True)
     # Not a minimum with 1 of a quotient, whose gradient at a row of zeros is not a number.
     longer_BT1 = squares_BT1 > norm * norm

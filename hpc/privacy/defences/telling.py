@@ -41,7 +41,7 @@ def told_of_prompts(figures: Mapping[str, Any], config: Config) -> str:
 
 def not_covered(config: Config) -> list[str]:
     """What else leaves the client, or tells of an example, and has no part in epsilon."""
-    found = ["row lengths", "copies of a text"]
+    found = ["row lengths", "numbers of label tokens", "copies of a text"]
     if not config.privacy.gradient_clip_norm:
         found.append("gradients that go back (--privacy.gradient_clip_norm)")
     elif not config.privacy.gradient_noise_multiplier and config.privacy.epsilon is None:
@@ -49,9 +49,12 @@ def not_covered(config: Config) -> list[str]:
     if config.head_learns:
         found.append("what the client head learns of one example and shows in others (--adapter.parts without head)")
     what = {"gradient": "gradients", "fedavg": "values"}.get(config.train.resolved_aggregation)
-    if what and {"head", "tail"} & set(config.adapter.parts):
-        sum_only = "the sum of " if config.train.secure_aggregation else ""
-        found.append(f"{sum_only}the client parts' {what}, which go to the server")
+    if {"head", "tail"} & set(config.adapter.parts):
+        if what:
+            sum_only = "the sum of " if config.train.secure_aggregation else ""
+            found.append(f"{sum_only}the client parts' {what}, which go to the server")
+        if not (what == "gradients" and config.train.secure_aggregation):
+            found.append("the norm of the client parts' gradient, which goes to the server in each step")
     return found
 
 
