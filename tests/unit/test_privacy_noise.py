@@ -80,6 +80,22 @@ def test_noise_is_rounded_to_the_precision_of_the_wire_at_last() -> None:
     moments(sent_TD.float() - clip_rows(ROWS_TD.bfloat16(), CLIP), SIGMA * CLIP)
 
 
+def test_what_is_not_finite_is_hidden_like_everything_else() -> None:
+    """By rows of zeros under the noise, whatever scale the server chooses; a pattern of such values says a lot."""
+    shield = Shield(PrivacyConfig(clip_norm=CLIP, gradient_clip_norm=CLIP, gradient_noise_multiplier=SIGMA))
+    for bad in (math.nan, math.inf, -math.inf):
+        rows_TD = ROWS_TD.clone()
+        rows_TD[7, 3] = bad
+        kept_TD = shield.smashed(rows_TD)
+        assert torch.equal(kept_TD[7], torch.zeros(50))
+        assert torch.equal(kept_TD[8:], clip_rows(ROWS_TD, CLIP)[8:])
+        assert shield.gradient(rows_TD[None], [2000], loss_scale=1.0).isfinite().all()
+    assert shield.gradient(ROWS_TD[None], [2000], loss_scale=1e-45).isfinite().all()
+    assert not shield.keeps_all_of(rows_TD, CLIP)
+    assert shield.keeps_all_of(rows_TD, 0)
+    assert shield.keeps_all_of(ROWS_TD, CLIP)
+
+
 def test_without_a_defence_everything_goes_through_untouched() -> None:
     shield = Shield(PrivacyConfig())
     assert shield.smashed(ROWS_TD) is ROWS_TD

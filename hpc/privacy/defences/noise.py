@@ -44,8 +44,13 @@ class FreshNoise:
 
 
 def clip_rows(rows_BTD: torch.Tensor, norm: float) -> torch.Tensor:
-    """Rows longer than `norm` (L2, over D) scaled down to it; float32, differentiable."""
+    """Rows longer than `norm` (L2, over D) scaled down to it; float32, differentiable.
+
+    A row with a value that is not finite becomes zeros: no scale shortens it and no noise hides it, and a server that
+    chooses the scale of a gradient could otherwise read from what overflows how large each value is.
+    """
     rows_BTD = rows_BTD.float()
+    rows_BTD = torch.where(rows_BTD.isfinite().all(-1, keepdim=True), rows_BTD, 0.0)
     squares_BT1 = rows_BTD.square().sum(-1, keepdim=True)
     # Not a minimum with 1 of a quotient, whose gradient at a row of zeros is not a number.
     longer_BT1 = squares_BT1 > norm * norm
