@@ -18,7 +18,7 @@ import torch
 from hpc import generate
 from hpc.config import AdapterConfig, Config, DataConfig, LinkConfig, ModelConfig, PrivacyConfig, RunConfig, TrainConfig
 from hpc.data.dataset import ClientData
-from hpc.errors import PeerLost
+from hpc.errors import NonFinite, PeerLost
 from hpc.link.frame import Header
 from hpc.link.kinds import Kind
 from hpc.model.build import ModelBuilder
@@ -332,6 +332,20 @@ def test_training_is_exact_for_the_function_with_clipping_and_noise(
     assert recorded.outcome.trained.keys() == trained.keys()
     for name, value in trained.items():
         torch.testing.assert_close(recorded.outcome.trained[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_trunk_hears_that_the_noise_hides_values_that_are_not_finite(tmp_path: Path) -> None:
+    """It sees finite values only; nobody may step on rows that had to be left out."""
+
+    def overflow(module: Any, args: Any, output_BTD: torch.Tensor) -> torch.Tensor:
+        return output_BTD.index_fill(1, torch.tensor([1]), math.inf)
+
+    def prepare(client: Any) -> None:
+        client.head.register_forward_hook(overflow)
+
+    config = replace(tiny(), data=DataConfig(train_examples=12, val_examples=0))
+    with pytest.raises(NonFinite, match="step 1: client 0: the loss is not finite; nobody stepped"):
+        run_split(config, tmp_path, prepare=prepare)
 
 
 class Wire:
