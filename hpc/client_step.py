@@ -50,6 +50,7 @@ class ClientStepRun:
             starts = [sum(sizes[:index]) for index in range(len(sizes))]
             self._rows = [list(rows[first : first + size]) for first, size in zip(starts, sizes, strict=True)]
         self._smashed: dict[int, torch.Tensor] = {}
+        self._hidden_faults: set[int] = set()  # pieces of which the shield hides values that are not finite
         self._layouts: dict[int, torch.Tensor | None] = {}  # see `Part.layout_of`
         self._to_send: dict[int, list[int]] = {}  # rows of a piece that the server's cache lacks
         self._grads: dict[int, tuple[torch.Tensor, bool, float]] = {}
@@ -101,7 +102,10 @@ class ClientStepRun:
         ids_BT = piece.ids_BT if whole else piece.ids_BT[wanted, :longest]
         self._seed("head", micro)
         # What the shield does is part of the head's graph: the backward pass goes through it.
-        self._smashed[index] = self._side.shield.smashed(self._side.head(ids_BT.to(self._side.device)))
+        exact_BTD, shield = self._side.head(ids_BT.to(self._side.device)), self._side.shield
+        if not shield.keeps_all_of(exact_BTD, shield.config.clip_norm):
+            self._hidden_faults.add(index)
+        self._smashed[index] = shield.smashed(exact_BTD)
 
     def _head_backward(self, index: int) -> None:
         grad_BTD = self._grad_smashed.pop(index)
@@ -139,9 +143,10 @@ class ClientStepRun:
         else:
             piece = self._pieces[index]
             grad_BTD, finite, scale = self._grads.pop(index)
-            if self._side.shield.config.gradient_clip_norm:  # which lets nothing through that is not finite
-                finite = finite and bool(grad_BTD.isfinite().all())
-            grad_BTD = self._side.shield.gradient(grad_BTD, piece.lengths, loss_scale=scale)
+            shield = self._side.shield
+            finite = finite and index not in self._hidden_faults
+            finite = finite and shield.keeps_all_of(grad_BTD, shield.config.gradient_clip_norm)
+            grad_BTD = shield.gradient(grad_BTD, piece.lengths, loss_scale=scale)
             if self._side.detector is not None and self._side.traits.head_learns:
                 self._side.detector.sent(index, grad_BTD)
             flags = 0 if finite else LOSS_NOT_FINITE

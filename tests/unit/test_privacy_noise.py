@@ -18,7 +18,7 @@ import torch
 from hpc import generate
 from hpc.config import AdapterConfig, Config, DataConfig, LinkConfig, ModelConfig, PrivacyConfig, RunConfig, TrainConfig
 from hpc.data.dataset import ClientData
-from hpc.errors import PeerLost
+from hpc.errors import NonFinite, PeerLost
 from hpc.link.frame import Header
 from hpc.link.kinds import Kind
 from hpc.model.build import ModelBuilder
@@ -78,6 +78,22 @@ def test_noise_is_rounded_to_the_precision_of_the_wire_at_last() -> None:
     sent_TD = shield.smashed(ROWS_TD.bfloat16())
     assert sent_TD.dtype is torch.bfloat16
     moments(sent_TD.float() - clip_rows(ROWS_TD.bfloat16(), CLIP), SIGMA * CLIP)
+
+
+def test_what_is_not_finite_is_hidden_like_everything_else() -> None:
+    """By rows of zeros under the noise, whatever scale the server chooses; a pattern of such values says a lot."""
+    shield = Shield(PrivacyConfig(clip_norm=CLIP, gradient_clip_norm=CLIP, gradient_noise_multiplier=SIGMA))
+    for bad in (math.nan, math.inf, -math.inf):
+        rows_TD = ROWS_TD.clone()
+        rows_TD[7, 3] = bad
+        kept_TD = shield.smashed(rows_TD)
+        assert torch.equal(kept_TD[7], torch.zeros(50))
+        assert torch.equal(kept_TD[8:], clip_rows(ROWS_TD, CLIP)[8:])
+        assert shield.gradient(rows_TD[None], [2000], loss_scale=1.0).isfinite().all()
+    assert shield.gradient(ROWS_TD[None], [2000], loss_scale=1e-45).isfinite().all()
+    assert not shield.keeps_all_of(rows_TD, CLIP)
+    assert shield.keeps_all_of(rows_TD, 0)
+    assert shield.keeps_all_of(ROWS_TD, CLIP)
 
 
 def test_without_a_defence_everything_goes_through_untouched() -> None:
@@ -330,6 +346,20 @@ def test_training_is_exact_for_the_function_with_clipping_and_noise(
     assert recorded.outcome.trained.keys() == trained.keys()
     for name, value in trained.items():
         torch.testing.assert_close(recorded.outcome.trained[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_trunk_hears_that_the_noise_hides_values_that_are_not_finite(tmp_path: Path) -> None:
+    """It sees finite values only; nobody may step on rows that had to be left out."""
+
+    def overflow(module: Any, args: Any, output_BTD: torch.Tensor) -> torch.Tensor:
+        return output_BTD.index_fill(1, torch.tensor([1]), math.inf)
+
+    def prepare(client: Any) -> None:
+        client.head.register_forward_hook(overflow)
+
+    config = replace(tiny(), data=DataConfig(train_examples=12, val_examples=0))
+    with pytest.raises(NonFinite, match="step 1: client 0: the loss is not finite; nobody stepped"):
+        run_split(config, tmp_path, prepare=prepare)
 
 
 class Wire:

@@ -46,8 +46,8 @@ class FreshNoise:
 def clip_rows(rows_BTD: torch.Tensor, norm: float) -> torch.Tensor:
     """Rows longer than `norm` (L2, over D) scaled down to it; float32, differentiable.
 
-    A row that is not finite becomes zeros: no noise hides an infinity or a NaN, and which values overflow depends on
-    the text, and on a loss scale that the server chooses.
+    A row with a value that is not finite becomes zeros: no scale shortens it and no noise hides it, and a server that
+    chooses the scale of a gradient could otherwise read from what overflows how large each value is.
     """
     rows_BTD = rows_BTD.float()
     rows_BTD = torch.where(rows_BTD.isfinite().all(-1, keepdim=True), rows_BTD, 0.0)

@@ -50,6 +50,10 @@ class Shield:
             sent_BTD = released(plain_BTD, self._source, clip_norm=norm, std=std) * loss_scale
         return sent_BTD.to(grad_BTD.dtype)
 
+    def keeps_all_of(self, exact: torch.Tensor, clip_norm: float) -> bool:
+        """False where clipping to `clip_norm` (0: not) takes out what is not finite: the trunk cannot see it then."""
+        return not clip_norm or bool(exact.isfinite().all())
+
     def training(self, step: int, rows: Sequence[int], sent: Sequence[int]) -> None:
         """Before training rows leave: `sent`, of those in the piece. Raises `BudgetSpent`."""
         if self.account is not None:
