@@ -40,11 +40,13 @@ class Detector:
     """Of one client, over its steps. It begins anew in a run that is resumed."""
 
     def __init__(self, mode: Literal["warn", "stop"]) -> None:
-        self._stops, self._warned = mode == "stop", False
+        self._stops = mode == "stop"
         self._rows: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=WINDOW)
         self._sent: dict[int, torch.Tensor] = {}
         self.alignment: float | None = None
         """Of the window; None while there is too little to judge by."""
+        self.noticed: int | None = None
+        """The first step, from 0, with anything suspicious."""
 
     def sent(self, piece: int, grad_BTD: torch.Tensor) -> None:
         """The gradient of a piece of the batch, as it left."""
@@ -79,14 +81,14 @@ class Detector:
         return alignment(sent_ND, returned_ND)
 
     def _suspect(self, step: int, why: str) -> None:
+        is_first, self.noticed = self.noticed is None, step if self.noticed is None else self.noticed
         if self._stops:
             raise TrunkSuspected(
                 f"step {step + 1}: {why}. Nothing of it was used. The trunk may be training this client's head to leak "
                 "its text; ask who runs it, or use --privacy.detector warn to go on"
             )
-        if not self._warned:
+        if is_first:
             _log.warning("step %d: %s; it may be training this client's head to leak its text", step + 1, why)
-        self._warned = True
 
 
 def make_detector(mode: Literal["off", "warn", "stop"]) -> Detector | None:
