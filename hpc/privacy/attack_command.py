@@ -1,4 +1,4 @@
-"""`launch/attack.py`: a run with recordings, if none is given, then the attack on it; or an attack that steers a run."""
+"""`launch/attack.py`: a run with recordings, if none is given, then the attack on it; or one that steers a run."""
 
 from __future__ import annotations
 
