@@ -110,7 +110,8 @@ class ClientStepRun:
     def _head_backward(self, index: int) -> None:
         grad_BTD = self._grad_smashed.pop(index)
         if self._side.detector is not None:
-            self._side.detector.returned(self._order.step, index, grad_BTD, self._pieces[index].lengths)
+            lengths, smashed_BTD = self._pieces[index].lengths, self._smashed[index]
+            self._side.detector.returned(self._order.step, index, grad_BTD, lengths, smashed_BTD)
         self._smashed.pop(index).backward(grad_BTD)
 
     def _tail_step(self, micro: Micro) -> None:

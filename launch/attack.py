@@ -1,7 +1,8 @@
 """How much of a client's text an attacker recovers from one run: scores beside their floors, with intervals.
 
 `python launch/attack.py --attack.run_folder RUN` attacks a run that had --privacy.record_steps; with `--config FILE`
-and the flags of a run instead, that run is made first, with recordings, as launch/local.py would.
+and the flags of a run instead, that run is made first, with recordings, as launch/local.py would. Method fsha takes no
+run_folder: it plays a hostile server that steers the training of the victim's real client, here in this process.
 Writes attack-<method>.json into the run's folder.
 """
 
@@ -28,14 +29,9 @@ def main(argv: list[str]) -> int:
     options: AttackConfig = parser.instantiate(namespace).attack
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # no run outlives the command
-    from hpc.privacy.attack_command import folder_to_attack, run_flags
-    from hpc.privacy.attack_run import attack_run
-    from hpc.privacy.attacks.registry import method_of
+    from hpc.privacy.attack_command import attacked, run_flags
 
-    method_of(options.method)  # before a run is made for it
-    local = Path(__file__).with_name("local.py")
-    folder = folder_to_attack(config, options, run_flags(argv), local)
-    result = attack_run(folder, options)
+    result, folder = attacked(config, options, run_flags(argv), Path(__file__).with_name("local.py"))
     print(result.as_text())
     print(result.write(folder))
     return 0

@@ -20,13 +20,12 @@ from hpc.build_trunk import build_trunk
 from hpc.centralised import Centralised
 from hpc.checkpoint import UNNAMED, Attempt
 from hpc.client import Client
-from hpc.config import Config
+from hpc.config import Config, LinkConfig
 from hpc.data.dataset import load_client_data
 from hpc.errors import Paused
 from hpc.link.channel import Channel
-from hpc.link.cipher import make_cipher
+from hpc.link.loopback import loopback_channels
 from hpc.link.peers import PeerKeys
-from hpc.link.transport import loopback_pair
 from hpc.model.build import ModelBuilder
 from hpc.model.pretrained import load_tokenizer
 from hpc.replica_trunk import ReplicaTrunk
@@ -57,21 +56,8 @@ def channel_pair(
     encryption: str, wrap: Callable[[Any], Any] = lambda transport: transport, timeout_s: float = 60
 ) -> tuple[Channel, Channel]:
     """Client's end and server's end. `wrap` may put a tap around each end's transport."""
-    client_side, server_side = loopback_pair()
-    library = "openssl" if encryption != "off" else None
-
-    def channel(transport: Any, send: bytes, recv: bytes, peer: str) -> Channel:
-        if library is None:
-            from hpc.link.cipher import PlainCipher
-
-            ciphers = (PlainCipher(), PlainCipher())
-        else:
-            ciphers = (make_cipher(library, send), make_cipher(library, recv))
-        return Channel(
-            transport, send_cipher=ciphers[0], recv_cipher=ciphers[1], chunk_bytes=2**16, timeout_s=timeout_s, peer=peer
-        )
-
-    return channel(wrap(client_side), *KEYS, "server"), channel(wrap(server_side), *KEYS[::-1], "client")
+    link = LinkConfig(encryption=encryption, chunk_mib=1 / 16, timeout_s=timeout_s)  # type: ignore[arg-type]
+    return loopback_channels(link, KEYS, wrap=wrap)
 
 
 def run_split(

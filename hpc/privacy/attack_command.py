@@ -1,4 +1,4 @@
-"""`launch/attack.py`: first a run with recordings, if none is given, then the attack on it."""
+"""`launch/attack.py`: a run with recordings, if none is given, then the attack on it; or one that steers a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from pathlib import Path
 from hpc.config import Config
 from hpc.errors import ConfigError, HpcError
 from hpc.privacy.attack_config import AttackConfig
+from hpc.privacy.attack_live import attack_live, check_steered
+from hpc.privacy.attack_result import AttackResult
+from hpc.privacy.attack_run import attack_run
 from hpc.privacy.attacks.registry import method_of
 from hpc.rendezvous import made_up_folder
 from hpc.schedule import clients_of_step, total_steps
@@ -32,6 +35,25 @@ def run_flags(arguments: Sequence[str]) -> list[str]:
         elif "=" not in word:
             next(words, None)
     return kept
+
+
+def attacked(config: Config, options: AttackConfig, flags: Sequence[str], local: Path) -> tuple[AttackResult, Path]:
+    """What came of the attack, and where it is to be written. Raises as `folder_to_attack` and the attacks do."""
+    method = method_of(options.method)
+    if not method.steers:
+        folder = folder_to_attack(config, options, flags, local)
+        return attack_run(folder, options), folder
+    if options.run_folder is not None:
+        method.runner()  # which says that a run that was made is of no use
+    _check_clients(config, options)
+    check_steered(config, options)
+    folder = Path(config.run.folder or made_up_folder(config))
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            f"{folder} holds a run already, and {options.method} makes one; give another --run.output_dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return attack_live(config, options, folder), folder
 
 
 def folder_to_attack(config: Config, options: AttackConfig, flags: Sequence[str], local: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional
 
-from hpc.privacy.attack_options import InverterOptions, LabelOptions, OptimisationOptions
+from hpc.privacy.attack_options import HijackOptions, InverterOptions, LabelOptions, OptimisationOptions
 from hpc.rules import require, require_at_least
 
 
@@ -54,6 +54,8 @@ class AttackConfig:
     """Options of `optimisation`, attack (c)."""
     label_inference: LabelOptions = field(default_factory=LabelOptions)
     """Options of `label_inference`, attack (f)."""
+    fsha: HijackOptions = field(default_factory=HijackOptions)
+    """Options of `fsha`, attack (e): a server that steers the run, so no run_folder goes with it."""
 
     def __post_init__(self) -> None:
         require_at_least("attack.victim", self.victim, 0)

@@ -83,3 +83,28 @@ class LabelOptions:
 
     def __post_init__(self) -> None:
         require_at_least("attack.label_inference.shortlist", self.shortlist, 1)
+
+
+@dataclass(kw_only=True, frozen=True)
+class HijackOptions:
+    """How fast the server's own networks learn, and what it dares."""
+
+    hidden: int = 256
+    """Width of the pilot's and of the discriminator's hidden layers."""
+    learning_rate: float = 1e-3
+    """Of Adam, for the discriminator."""
+    pilot_learning_rate: float = 1e-4
+    """Of Adam, for pilot and inverse: features that move faster than a client's head can follow are no use."""
+    turns: int = 3
+    """Steps of the discriminator for each gradient that is returned."""
+    shadow_tokens: int = 1024
+    """Tokens of the server's own text in each of these steps."""
+    penalty: float = 1.0
+    """Weight of the squared slope of the discriminator at true features (R1; Mescheder et al., 2018)."""
+    careful: bool = True
+    """Returns nothing behind the last position of a row that the client's gradient reaches, where an honest causal
+    trunk could not; a detector finds a careless server in the first step."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("hidden", 1), ("turns", 0), ("shadow_tokens", 1), ("penalty", 0)):
+            require_at_least(f"attack.fsha.{name}", getattr(self, name), least)

@@ -37,10 +37,11 @@ def attack_run(run_folder: Path, options: AttackConfig, public: PublicModel | No
     the recordings it needs, or shadow data that overlaps the victim's.
     """
     method, config = method_of(options.method), config_of(run_folder)
+    runner = method.runner()
     everything = recorded.load(run_folder, options.victim)
     victim = recorded.first_rows(_from_step(everything, options.first_step), options.max_rows)
     shadow = _shadow(run_folder, options, method, config)
-    refuse_overlap(options, shadow, everything)
+    refuse_overlap(options, _rows_of(shadow), _rows_of(everything))
     public = public or PublicModel.of(config)
     material = Material(
         config=config,
@@ -50,7 +51,7 @@ def attack_run(run_folder: Path, options: AttackConfig, public: PublicModel | No
         seen=[sample.seen for sample in victim],
         shadow=shadow,
     )
-    runner, start = method.runner(), time.perf_counter()
+    start = time.perf_counter()
     found = runner(material)
     seconds = time.perf_counter() - start
     truth = _rows_of(victim)
@@ -88,15 +89,15 @@ def _from_step(samples: Sequence[Sample], first: int) -> list[Sample]:
     return late
 
 
-def refuse_overlap(options: AttackConfig, shadow: Sequence[Sample], victim: Sequence[Sample]) -> None:
+def refuse_overlap(options: AttackConfig, shadow: Rows, victim: Rows) -> None:
     """Raise `DataError` if the colluder has any row of the victim's: then nothing would be recovered, but known."""
-    rows = set(_rows_of(victim))
-    shared = sum(row in rows for row in _rows_of(shadow))
+    rows = set(map(tuple, victim))
+    shared = sum(tuple(row) in rows for row in shadow)
     if shared:
         raise DataError(
-            f"{shared} of the {len(_rows_of(shadow))} recorded rows of client {options.colluder} are also client "
-            f"{options.victim}'s (the same token ids): shadow data must be the colluder's own; record a run whose "
-            "clients have different data, or give another --attack.colluder"
+            f"{shared} of the {len(shadow)} rows of client {options.colluder} are also client {options.victim}'s (the "
+            "same token ids): shadow data must be the colluder's own; take a run whose clients have different data, or "
+            "give another --attack.colluder"
         )
 
 
@@ -121,19 +122,24 @@ def _scores(
 ) -> dict[str, Score]:
     scores: dict[str, Score] = {}
     if found.guesses is not None:
-        truth, others = _rows_of(victim), _rows_of(shadow)
-        floors: dict[str, Rows] = {
-            "unrelated": unrelated(truth, others, options.seed),
-            "unigram": unigram(truth, others),
-            "lm_only": lm_only(truth, public.whole, commonest(others or truth)),
-        }
-        scorer = Scorer(tokenizer=public.tokenizer, facts_of=facts_of(public.config), seed=options.seed)
-        scores |= scorer.scores(_checked(found.guesses, victim), floors, truth)
+        guesses = _checked(found.guesses, victim)
+        scores |= text_scores(guesses, _rows_of(victim), _rows_of(shadow), public, options.seed)
     if found.labels is not None:
         scores["label_accuracy"] = _label_accuracy(found.labels, victim, shadow, options.seed)
     if found.label_places is not None:
         scores["label_places"] = _label_places(found.label_places, victim, options.seed)
     return scores
+
+
+def text_scores(guesses: Rows, truth: Rows, others: Rows, public: PublicModel, seed: int) -> dict[str, Score]:
+    """Every score of guessed token ids beside its floors. `others`: rows of another client, for these."""
+    floors: dict[str, Rows] = {
+        "unrelated": unrelated(truth, others, seed),
+        "unigram": unigram(truth, others),
+        "lm_only": lm_only(truth, public.whole, commonest(others or truth)),
+    }
+    scorer = Scorer(tokenizer=public.tokenizer, facts_of=facts_of(public.config), seed=seed)
+    return scorer.scores(guesses, floors, truth)
 
 
 def _checked(guesses: Guesses, victim: Sequence[Sample]) -> Rows:

@@ -91,7 +91,8 @@ class HostileTrunk:
             self._out[micro] = returned_BTD
         else:
             own_SD = self._hijacker.gradient(smashed_SD.float(), lengths)
-            self._out[micro] = pad(plausible(own_SD, frame.payload, lengths, careful=self._careful), lengths)
+            made_SD = plausible(own_SD, frame.payload.float(), lengths, careful=self._careful)
+            self._out[micro] = pad(made_SD.to(frame.payload.dtype), lengths)
 
     def _send(self, act: Send, step: int) -> None:
         header, shares = self._frames[Kind.SMASHED].header, self._traits.shares_gradient

@@ -118,7 +118,7 @@ def test_a_colluder_who_has_the_victims_rows_is_refused(run_folder: Path, tmp_pa
     for role, target in (("trunk-0", "trunk-0"), ("client-0", "client-1")):
         for path in (folder / "recordings" / role).glob("client-0.step-1.*"):
             shutil.copy(path, folder / "recordings" / target / path.name.replace("client-0", "client-1"))
-    with pytest.raises(DataError, match=r"2 of the 2 recorded rows of client 1 are also client 0's"):
+    with pytest.raises(DataError, match=r"2 of the 2 rows of client 1 are also client 0's"):
         attack_run(folder, AttackConfig())
 
 

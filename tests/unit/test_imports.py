@@ -92,6 +92,7 @@ FLOORS = {
     "hpc.privacy": 4,
     "hpc.report": 4,
     # what starts them
+    "hpc.privacy.attack_live": 5,
     "hpc.privacy.attack_run": 5,
     "hpc.privacy.attack_command": 5,
     "hpc.export.pick": 5,

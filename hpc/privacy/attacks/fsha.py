@@ -14,34 +14,15 @@ Shape suffixes: S valid tokens of all rows together, D hidden size, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as sureness
 
 from hpc.errors import DataError
+from hpc.privacy.attack_options import HijackOptions
 from hpc.privacy.attacks.networks import TiedNamer
 from hpc.privacy.seen import Seen
-
-
-@dataclass(kw_only=True, frozen=True)
-class HijackOptions:
-    """How fast the server's own networks learn."""
-
-    hidden: int = 256
-    """Width of the pilot's and of the discriminator's hidden layers."""
-    learning_rate: float = 1e-3
-    """Of Adam, for the discriminator."""
-    pilot_learning_rate: float = 1e-4
-    """Of Adam, for pilot and inverse: features that move faster than a client's head can follow are no use."""
-    turns: int = 3
-    """Steps of the discriminator for each gradient that is returned."""
-    shadow_tokens: int = 1024
-    """Tokens of the server's own text in each of these steps."""
-    penalty: float = 1.0
-    """Weight of the squared slope of the discriminator at true features (R1; Mescheder et al., 2018)."""
-    seed: int = 0
 
 
 class Pilot(nn.Module):
@@ -83,18 +64,17 @@ class Hijacker:
     """The server's networks, and what it makes of a client's smashed activations."""
 
     def __init__(
-        self, shadow: Sequence[Sequence[int]], *, embedding_VD: torch.Tensor, options: HijackOptions | None = None
+        self, shadow: Sequence[Sequence[int]], *, embedding_VD: torch.Tensor, options: HijackOptions, seed: int = 0
     ) -> None:
         """`shadow`: rows of token ids, the server's own text. Raises `DataError` if there is none."""
-        options = options or HijackOptions()
         ids = [token for row in shadow for token in row]
         if not ids:
             raise DataError("a server that hijacks needs text of its own: shadow rows are missing")
         self._ids_S, self._table_VD, self._options = torch.tensor(ids), embedding_VD, options
-        self._draw = torch.Generator().manual_seed(options.seed)
+        self._draw = torch.Generator().manual_seed(seed)
         size = embedding_VD.shape[1]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
+            torch.manual_seed(seed)
             self.pilot = Pilot(size, options.hidden)
             self.inverse = TiedNamer(1, embedding_VD)
             self.discriminator = Discriminator(embedding_VD[self._ids_S], options.hidden)

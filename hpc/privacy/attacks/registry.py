@@ -64,6 +64,8 @@ class Method:
     """Imports the attack."""
     needs_shadow: bool = False
     """Whether there must be a colluding client."""
+    steers: bool = False
+    """Whether it returns gradients of its own to the victim: it needs a run under way (`hpc.privacy.attack_live`)."""
 
 
 def _nearest_embedding() -> Runner:
@@ -125,6 +127,13 @@ def _label_inference() -> Runner:
     return run
 
 
+def _fsha() -> Runner:
+    raise ConfigError(
+        "--attack.method fsha steers the victim's training, so a run that was made is of no use to it; leave out "
+        "--attack.run_folder, and describe the run with --config and its flags"
+    )
+
+
 METHODS: dict[str, Method] = {
     "nearest_embedding": Method(runner=_nearest_embedding),
     "causal_search": Method(runner=_causal_search),
@@ -132,6 +141,7 @@ METHODS: dict[str, Method] = {
     "inverter": Method(runner=_inverter, needs_shadow=True),
     "optimisation": Method(runner=_optimisation),
     "label_inference": Method(runner=_label_inference),
+    "fsha": Method(runner=_fsha, needs_shadow=True, steers=True),
 }
 
 

@@ -5,10 +5,18 @@ An honest trunk carries a gradient back through its blocks, so
 - rows whose sent gradients are alike come back alike, and rows that differ (another label) come back different.
 A server that trains the client's head for itself (feature-space hijacking) returns gradients that have nothing to do
 with the labels. The second is measured as centred kernel alignment (Kornblith et al., 2019; its unbiased form, Song et
-al., 2012) between the directions sent and those returned at each row's last position, over the last `WINDOW` rows: near
-0 for unrelated gradients, 1 if the trunk keeps all angles. The idea that an honest gradient separates labels is that of
-Fu et al., 2023 ("Focusing on Pinocchio's Nose"). The angle between a row's own sent and returned gradients says
-nothing: through SmolLM2's 28 blocks it is a right one.
+al., 2012) between the directions sent and those returned at each row's last position, over the last `WINDOW` rows. As a
+hijacker's gradient follows from the activations, and so does part of what a client sends, what the activations explain
+of both is taken out (as in the partial distance correlation of Székely and Rizzo, 2014): near 0 or below for a
+hijacker. Where the plain alignment is all but 1, nothing that could be judged is left, and nothing is suspected. The
+idea that an honest gradient separates labels is that of Fu et al., 2023 ("Focusing on Pinocchio's Nose"). The angle
+between a row's own sent and returned gradients says nothing: through SmolLM2's 28 blocks it is a right one.
+
+`SUSPICIOUS` and `ENOUGH` were chosen on ward notes from seeds 101 to 104 of the tiny model and 101 and 102 of
+SmolLM2-135M, which no test uses. 22 honest runs (client_batch, pipelined, replica, with noise, with max_norm): 0.43 or
+more wherever the plain alignment was below 0.9. 18 hijacked runs (LoRA and full, 1 and 2 blocks): at most 0.25 at the
+first figure (16 rows, step 4 of 4 rows), at most 0.28 then, with plain alignments up to 0.84; by a plain alignment
+below 0.35, 3 of them would not have been found in 16 steps.
 
 A server that mixes enough of the honest gradient into its own is not found; its attack is the weaker for it. Nor is
 anything found while all gradients that are sent point in one direction, as nothing can then be told apart.
@@ -30,7 +38,8 @@ from hpc.errors import TrunkSuspected
 WINDOW = 32  # rows
 LEAST_ROWS = 16  # of fewer, chance decides too much
 LEAST_SPREAD = 1e-3  # mean squared centred similarity of what was sent, below which there is nothing to tell apart
-SUSPICIOUS = 0.35  # alignment; tests/unit/test_detector.py has honest and hostile trunks on either side
+SUSPICIOUS = 0.3  # alignment beyond what the activations explain
+ENOUGH = 0.9  # plain alignment from which on nothing is suspected
 LEAST_STRAY = 1e-3  # share of a returned gradient's length that may lie where none can be: rounding of other kernels
 
 _log = logging.getLogger("hpc")
@@ -40,18 +49,27 @@ class Detector:
     """Of one client, over its steps. It begins anew in a run that is resumed."""
 
     def __init__(self, mode: Literal["warn", "stop"]) -> None:
-        self._stops, self._warned = mode == "stop", False
-        self._rows: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=WINDOW)
+        self._stops = mode == "stop"
+        self._rows: deque[tuple[torch.Tensor, ...]] = deque(maxlen=WINDOW)  # sent, returned, smashed
         self._sent: dict[int, torch.Tensor] = {}
         self.alignment: float | None = None
-        """Of the window; None while there is too little to judge by."""
+        """Of the window, plain; None while there is too little to judge by."""
+        self.beyond: float | None = None
+        """What of it the activations do not explain."""
+        self.noticed: int | None = None
+        """The first step, from 0, with anything suspicious."""
 
     def sent(self, piece: int, grad_BTD: torch.Tensor) -> None:
         """The gradient of a piece of the batch, as it left."""
         self._sent[piece] = grad_BTD.detach().float()
 
-    def returned(self, step: int, piece: int, grad_BTD: torch.Tensor, lengths: Sequence[int]) -> None:
-        """What came back for it, before it is used. Raises `TrunkSuspected` in mode `stop`."""
+    def returned(
+        self, step: int, piece: int, grad_BTD: torch.Tensor, lengths: Sequence[int], smashed_BTD: torch.Tensor
+    ) -> None:
+        """What came back for it, before it is used, and the activations that it is of, as they left.
+
+        Raises `TrunkSuspected` in mode `stop`.
+        """
         sent_BTD, grad_BTD = self._sent.pop(piece), grad_BTD.detach().float()
         if not (sent_BTD.isfinite().all() and grad_BTD.isfinite().all()):
             return  # a step that is left out
@@ -63,30 +81,40 @@ class Detector:
             )
         for row, end in enumerate(ends):
             if end:
-                self._rows.append((sent_BTD[row, end - 1].cpu(), grad_BTD[row, end - 1].cpu()))
-        self.alignment = self._judge()
-        if self.alignment is not None and self.alignment < SUSPICIOUS:
+                of_row = (
+                    each_BTD[row, end - 1].cpu() for each_BTD in (sent_BTD, grad_BTD, smashed_BTD.detach().float())
+                )
+                self._rows.append(tuple(of_row))
+        self._judge()
+        if (
+            self.alignment is not None
+            and self.beyond is not None
+            and self.alignment < ENOUGH
+            and self.beyond < SUSPICIOUS
+        ):
             self._suspect(
                 step,
                 f"the gradients that the trunk returned do not follow from those that were sent (alignment "
-                f"{self.alignment:.2f} over {len(self._rows)} rows; an honest trunk has {SUSPICIOUS} or more)",
+                f"{self.beyond:.2f} over {len(self._rows)} rows; an honest trunk has {SUSPICIOUS} or more)",
             )
 
-    def _judge(self) -> float | None:
-        if len(self._rows) < LEAST_ROWS:
-            return None
-        sent_ND, returned_ND = (torch.stack(rows) for rows in zip(*self._rows, strict=True))
-        return alignment(sent_ND, returned_ND)
+    def _judge(self) -> None:
+        self.alignment = self.beyond = None
+        if len(self._rows) >= LEAST_ROWS:
+            sent_ND, returned_ND, smashed_ND = (torch.stack(rows) for rows in zip(*self._rows, strict=True))
+            self.alignment = alignment(sent_ND, returned_ND)
+            if self.alignment is not None:
+                self.beyond = beyond(sent_ND, returned_ND, smashed_ND)
 
     def _suspect(self, step: int, why: str) -> None:
+        is_first, self.noticed = self.noticed is None, step if self.noticed is None else self.noticed
         if self._stops:
             raise TrunkSuspected(
                 f"step {step + 1}: {why}. Nothing of it was used. The trunk may be training this client's head to leak "
                 "its text; ask who runs it, or use --privacy.detector warn to go on"
             )
-        if not self._warned:
+        if is_first:
             _log.warning("step %d: %s; it may be training this client's head to leak its text", step + 1, why)
-        self._warned = True
 
 
 def make_detector(mode: Literal["off", "warn", "stop"]) -> Detector | None:
@@ -118,6 +146,14 @@ def alignment(one_ND: torch.Tensor, other_ND: torch.Tensor) -> float | None:
     if own < LEAST_SPREAD:
         return None
     return _dependence(*kernels) / (own * others) ** 0.5 if others > 1e-9 else 0.0
+
+
+def beyond(one_ND: torch.Tensor, other_ND: torch.Tensor, known_ND: torch.Tensor) -> float:
+    """The alignment of `one_ND` with `other_ND` without what `known_ND` explains of both: a partial correlation."""
+    pairs = ((one_ND, other_ND), (one_ND, known_ND), (other_ND, known_ND))
+    plain, one, other = (alignment(*pair) or 0.0 for pair in pairs)
+    left = max((1 - one**2) * (1 - other**2), 1e-12)
+    return (plain - one * other) / left**0.5
 
 
 def _similarities(vectors_ND: torch.Tensor) -> torch.Tensor:
