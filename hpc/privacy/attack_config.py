@@ -36,17 +36,22 @@ class AttackConfig:
     """The client whose text is to be recovered."""
     colluder: Optional[int] = 1
     """The client that gives its data to the server: shadow data to learn from, and for the floors. null: nobody."""
+    first_step: int = 0
+    """The victim's rows are taken from this step on (from 0): a head that learns is the public one in step 0 alone."""
     max_rows: int = 16
     """At most so many of the victim's rows are attacked; 0: all that were recorded."""
     max_shadow_rows: int = 0
     """At most so many of the colluder's rows are used; 0: all that were recorded."""
     seed: int = 0
     """Of what the attack draws, and of the confidence intervals."""
+    lm_floor: bool = True
+    """Whether to work out the floor `lm_only`, which takes a pass of the whole model over the victim's rows."""
     causal_search: CausalSearchConfig = field(default_factory=CausalSearchConfig)
     """Options of `causal_search`."""
 
     def __post_init__(self) -> None:
         require_at_least("attack.victim", self.victim, 0)
+        require_at_least("attack.first_step", self.first_step, 0)
         require_at_least("attack.max_rows", self.max_rows, 0)
         require_at_least("attack.max_shadow_rows", self.max_shadow_rows, 0)
         require_at_least("attack.seed", self.seed, 0)

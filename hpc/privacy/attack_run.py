@@ -32,7 +32,7 @@ def attack_run(run_folder: Path, options: AttackConfig) -> AttackResult:
     """
     method, config = method_of(options.method), config_of(run_folder)
     everything = recorded.load(run_folder, options.victim)
-    victim = recorded.first_rows(everything, options.max_rows)
+    victim = recorded.first_rows(_from_step(everything, options), options.max_rows)
     shadow = _shadow(run_folder, options, method, config)
     refuse_overlap(options, shadow, everything)
     public = PublicModel.of(config)
@@ -84,6 +84,16 @@ def refuse_overlap(options: AttackConfig, shadow: Sequence[Sample], victim: Sequ
         )
 
 
+def _from_step(samples: Sequence[Sample], options: AttackConfig) -> list[Sample]:
+    found = [sample for sample in samples if sample.seen.step >= options.first_step]
+    if not found:
+        raise DataError(
+            f"--attack.first_step {options.first_step}: the last step of client {options.victim} that was recorded is "
+            f"{samples[-1].seen.step}; record more with --privacy.record_steps"
+        )
+    return found
+
+
 def _shadow(run_folder: Path, options: AttackConfig, method: Method, config: Config) -> list[Sample]:
     """The colluder's recordings; where nobody has to collude, a run without that client is no mistake."""
     colluder = options.colluder
@@ -109,8 +119,9 @@ def _scores(
         floors: dict[str, Rows] = {
             "unrelated": unrelated(truth, others, options.seed),
             "unigram": unigram(truth, others),
-            "lm_only": lm_only(truth, public.whole, commonest(others or truth)),
         }
+        if options.lm_floor:
+            floors["lm_only"] = lm_only(truth, public.whole, commonest(others or truth))
         scorer = Scorer(tokenizer=public.tokenizer, facts_of=facts_of(public.config), seed=options.seed)
         scores |= scorer.scores(_checked(found.guesses, victim), floors, truth)
     if found.labels is not None:
