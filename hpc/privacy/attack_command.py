@@ -74,9 +74,9 @@ def folder_to_attack(config: Config, options: AttackConfig, flags: Sequence[str]
 
 
 def steps_to_record(config: Config, options: AttackConfig) -> int:
-    """Enough for the rows that are asked for; all steps where an attack learns from them, or takes all rows."""
+    """Enough for the rows that are asked for; all steps where an attack learns from them, or takes all or late rows."""
     whole, train = total_steps(config.train), config.train
-    if options.max_rows == 0 or method_of(options.method).needs_shadow:
+    if options.max_rows == 0 or options.first_step or method_of(options.method).needs_shadow:
         return whole
     batches = math.ceil(options.max_rows / train.per_client_batch_size)
     # Clients may take turns of several steps, or be drawn by lot for a round.

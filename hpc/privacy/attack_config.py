@@ -46,6 +46,8 @@ class AttackConfig:
     """At most so many of the colluder's rows are used; 0: all that were recorded."""
     seed: int = 0
     """Of what the attack draws, and of the confidence intervals."""
+    lm_floor: bool = True
+    """Whether to work out the floor `lm_only`, which takes a pass of the whole model over the victim's rows."""
     causal_search: CausalSearchConfig = field(default_factory=CausalSearchConfig)
     """Options of `causal_search`."""
     inverter: InverterOptions = field(default_factory=InverterOptions)

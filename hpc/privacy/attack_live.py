@@ -78,7 +78,7 @@ def attack_live(config: Config, options: AttackConfig, folder: Path) -> AttackRe
         shadow_rows=len(own_text),
         steps=(last[0].seen.step, last[-1].seen.step),
         seconds=seconds,
-        scores=text_scores(guesses, truth, own_text, public, options.seed),
+        scores=text_scores(guesses, truth, own_text, public, options),
         figures=_figures(left, hijacker, recorded.first_rows(samples, len(truth)), options.seed),
     )
 

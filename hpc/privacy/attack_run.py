@@ -123,7 +123,7 @@ def _scores(
     scores: dict[str, Score] = {}
     if found.guesses is not None:
         guesses = _checked(found.guesses, victim)
-        scores |= text_scores(guesses, _rows_of(victim), _rows_of(shadow), public, options.seed)
+        scores |= text_scores(guesses, _rows_of(victim), _rows_of(shadow), public, options)
     if found.labels is not None:
         scores["label_accuracy"] = _label_accuracy(found.labels, victim, shadow, options.seed)
     if found.label_places is not None:
@@ -131,14 +131,17 @@ def _scores(
     return scores
 
 
-def text_scores(guesses: Rows, truth: Rows, others: Rows, public: PublicModel, seed: int) -> dict[str, Score]:
+def text_scores(
+    guesses: Rows, truth: Rows, others: Rows, public: PublicModel, options: AttackConfig
+) -> dict[str, Score]:
     """Every score of guessed token ids beside its floors. `others`: rows of another client, for these."""
     floors: dict[str, Rows] = {
-        "unrelated": unrelated(truth, others, seed),
+        "unrelated": unrelated(truth, others, options.seed),
         "unigram": unigram(truth, others),
-        "lm_only": lm_only(truth, public.whole, commonest(others or truth)),
     }
-    scorer = Scorer(tokenizer=public.tokenizer, facts_of=facts_of(public.config), seed=seed)
+    if options.lm_floor:
+        floors["lm_only"] = lm_only(truth, public.whole, commonest(others or truth))
+    scorer = Scorer(tokenizer=public.tokenizer, facts_of=facts_of(public.config), seed=options.seed)
     return scorer.scores(guesses, floors, truth)
 
 

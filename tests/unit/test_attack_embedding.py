@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc.config import LinkConfig
+from hpc.config import AdapterConfig, LinkConfig
 from hpc.link.cipher import make_cipher
 from hpc.link.frame import BODY_BYTES, PREFIX_BYTES
+from hpc.model.build import ModelBuilder
 from hpc.privacy.attacks.nearest_embedding import nearest, nearest_embedding
 from hpc.privacy.attacks.public import PublicModel
 from hpc.privacy.attacks.sealed_frames import sealed_frames
@@ -39,6 +40,16 @@ def test_nearest_embedding_is_exact_in_half_precision(tmp_path: Path) -> None:
     with torch.no_grad():
         hidden = [public.head(torch.tensor([row]))[0] for row in rows]
     assert nearest_embedding(seen_from(rows, hidden), public) == [rows[:2], rows[2:]]
+
+
+def test_prefixes_shift_learned_positions_for_the_attacker_too(tmp_path: Path) -> None:
+    public = public_model("gpt2", 0, tmp_path)
+    config = replace(public.config, adapter=AdapterConfig(method="p_tuning_v2", num_virtual_tokens=7))
+    rows = draw_rows(public.vocabulary, LENGTHS)
+    head = ModelBuilder.of(config).part("head")  # as the client has it
+    with torch.no_grad():
+        seen = seen_from(rows, [head(torch.tensor([row]))[0] for row in rows])
+    assert nearest_embedding(seen, PublicModel.of(config)) == [rows[:2], rows[2:]]
 
 
 def test_what_everybody_has_is_what_the_model_publishes(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_a_colluder_who_has_the_victims_rows_is_refused(run_folder: Path, tmp_pa
         ({"victim": 5}, "recordings of clients 0, 1, and none of 5"),
         ({"colluder": 0}, "both client 0"),
         ({"max_rows": -1}, "must be at least 0"),
+        ({"first_step": 2}, "the last step that was recorded of client 0 is 1"),
     ],
 )
 def test_bad_options_are_refused(run_folder: Path, options: dict[str, Any], message: str) -> None:
@@ -145,8 +146,9 @@ def test_a_run_without_recordings_says_how_to_record(run_folder: Path, tmp_path:
 
 
 def test_without_a_colluder_the_victims_own_rows_make_the_floors(run_folder: Path) -> None:
-    result = attack_run(run_folder, AttackConfig(colluder=None, max_rows=2))
-    assert result.shadow_rows == 0
+    result = attack_run(run_folder, AttackConfig(colluder=None, first_step=1, lm_floor=False))
+    assert (result.shadow_rows, result.steps, result.rows) == (0, (1, 1), 2)
+    assert set(result.scores["token_accuracy"].floors) == {"unrelated", "unigram"}
     assert result.scores["token_accuracy"].floors["unigram"].value > 0
 
 
@@ -173,6 +175,7 @@ def test_enough_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(config, train=replace(config.train, max_steps=50, clients=2, per_client_batch_size=4))
     assert steps_to_record(config, AttackConfig(max_rows=16)) == 4
     assert steps_to_record(config, AttackConfig(max_rows=0)) == 50
+    assert steps_to_record(config, AttackConfig(max_rows=4, first_step=9)) == 50
     assert steps_to_record(config, AttackConfig(max_rows=1000)) == 50
     turns = replace(config, train=replace(config.train, schedule="serial", sync_every=10))
     assert steps_to_record(turns, AttackConfig(max_rows=16)) == 14, "the colluder's turn begins behind 10 steps"
