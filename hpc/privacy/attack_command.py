@@ -74,13 +74,14 @@ def folder_to_attack(config: Config, options: AttackConfig, flags: Sequence[str]
 
 
 def steps_to_record(config: Config, options: AttackConfig) -> int:
-    """Enough for the rows that are asked for; all steps where an attack learns from them, or takes all or late rows."""
+    """Enough for the rows that are asked for; all steps where an attack learns from them, or takes all rows."""
     whole, train = total_steps(config.train), config.train
-    if options.max_rows == 0 or options.first_step or method_of(options.method).needs_shadow:
+    if options.max_rows == 0 or method_of(options.method).needs_shadow:
         return whole
     batches = math.ceil(options.max_rows / train.per_client_batch_size)
     # Clients may take turns of several steps, or be drawn by lot for a round.
-    least = {client: batches for client in (options.victim, options.colluder) if client in range(train.clients)}
+    asked = [client for client in (options.victim, options.colluder) if client is not None]
+    least = {client: batches for client in asked if client < train.clients}
     taken: Counter[int] = Counter()
     for step in range(options.first_step, whole):
         taken.update(clients_of_step(train, step))

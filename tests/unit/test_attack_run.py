@@ -175,7 +175,7 @@ def test_enough_steps_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(config, train=replace(config.train, max_steps=50, clients=2, per_client_batch_size=4))
     assert steps_to_record(config, AttackConfig(max_rows=16)) == 4
     assert steps_to_record(config, AttackConfig(max_rows=0)) == 50
-    assert steps_to_record(config, AttackConfig(max_rows=4, first_step=9)) == 50
+    assert steps_to_record(config, AttackConfig(max_rows=4, first_step=9)) == 10
     assert steps_to_record(config, AttackConfig(max_rows=1000)) == 50
     turns = replace(config, train=replace(config.train, schedule="serial", sync_every=10))
     assert steps_to_record(turns, AttackConfig(max_rows=16)) == 14, "the colluder's turn begins behind 10 steps"
