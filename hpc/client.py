@@ -338,6 +338,7 @@ class Client:
         for folder in sorted(self.folder.glob("checkpoint-*"), key=step_of, reverse=True):
             if 0 < step_of(folder) <= self.start and self._is_own(folder / f"{name}.safetensors", step_of(folder)):
                 state, facts = read_role(folder, name)
+                self.shield.check(facts)
                 self.learner.load_state(state)
                 self._patience.load(facts)
                 _log.warning("%s goes on with its own parts of step %d", name, step_of(folder))

@@ -153,3 +153,16 @@ def test_what_lies_behind_a_rows_end_is_stray() -> None:
 def test_with_frozen_heads_there_is_nothing_to_watch_and_it_says_so() -> None:
     with pytest.raises(ConfigError, match="detector"):
         replace(config(), adapter=AdapterConfig(parts=["tail"]), privacy=PrivacyConfig(detector="warn"))
+
+
+def test_a_finite_answer_to_a_gradient_that_is_not_is_suspicious() -> None:
+    """A server may choose the loss scale so that a client's gradient overflows, to return what it likes unseen."""
+    sent_BTD, smashed_BTD = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    sent_BTD[1, 0, 2] = torch.inf
+    honest_BTD = torch.randn(2, 3, 4)
+    honest_BTD[1] = torch.nan
+    for returned_BTD, noticed in ((honest_BTD, None), (torch.zeros(2, 3, 4), None), (torch.randn(2, 3, 4), 5)):
+        detector = Detector("warn")
+        detector.sent(0, sent_BTD)
+        detector.returned(5, 0, returned_BTD, (3, 3), smashed_BTD)
+        assert detector.noticed == noticed

@@ -32,6 +32,7 @@ from hpc.reproduce.estimate import (
     run_seconds,
     step_link_bytes,
 )
+from hpc.reproduce.every_cell import every_table, table_cells
 from hpc.reproduce.plan import cells_of, jobs_of
 from hpc.reproduce.preset import load_preset
 from hpc.schedule import HandOver, Sync, TrainStep, instructions
@@ -200,10 +201,10 @@ def test_the_papers_runs_are_listed_without_data_hub_or_a_trace(
     out = capsys.readouterr().out
     lines = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| table")][1:]
     named = [[cell.strip() for cell in line] for line in lines]
-    everything = jobs_of(cells_of(PAPER, list(PAPER.tables) if what == "all" else [what], [], []))
+    everything = jobs_of(table_cells(PAPER, every_table(PAPER) if what == "all" else [what], [], []))
     listed = {(model, task, adapter, method) for _, model, task, adapter, method, *_ in named}
     assert len(named) == len(listed)
-    assert listed == {(job.model, job.task, job.adapter, job.method) for job in everything}
+    assert listed == {(job.model, job.task, job.adapter, f"{job.method} {job.variant}".strip()) for job in everything}
     assert all(line[5] == "0 1 2" for line in named)
     assert sum(int(line[6].partition("/")[0]) for line in named) == 1
     assert f"{len(everything)} runs, 1 done already; left: {len(everything) - 1} runs" in out

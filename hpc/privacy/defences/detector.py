@@ -72,6 +72,8 @@ class Detector:
         """
         sent_BTD, grad_BTD = self._sent.pop(piece), grad_BTD.detach().float()
         if not (sent_BTD.isfinite().all() and grad_BTD.isfinite().all()):
+            if any(row and not sent_BTD[place].isfinite().all() for place, row in enumerate(_finite_answers(grad_BTD))):
+                self._suspect(step, "the trunk returned a finite gradient for one that was not")
             return  # a step that is left out
         ends = [_end(row_TD[:length]) for row_TD, length in zip(sent_BTD, lengths, strict=True)]
         stray = stray_share(grad_BTD, ends)
@@ -120,6 +122,12 @@ class Detector:
 def make_detector(mode: Literal["off", "warn", "stop"]) -> Detector | None:
     """What the configuration asks for."""
     return None if mode == "off" else Detector(mode)
+
+
+def _finite_answers(grad_BTD: torch.Tensor) -> list[bool]:
+    """Of each row whether it has a gradient, and all of it is finite: no block makes that of one that is not."""
+    found: list[bool] = (grad_BTD.isfinite().flatten(1).all(1) & grad_BTD.ne(0).flatten(1).any(1)).tolist()
+    return found
 
 
 def _end(sent_TD: torch.Tensor) -> int:

@@ -80,11 +80,13 @@ class Ledger:
         return whole.splitlines()
 
     def _write(self, line: dict[str, Any]) -> None:
-        """On disc, as far as this process can see to it, before it returns: what is not counted must not leave."""
+        """On disc before it returns: what is not counted must not leave."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} cannot be written ({error.strerror}), and what cannot be counted is not released"
