@@ -34,8 +34,8 @@ HOW = (
     "confidence interval (bootstrap over rows; of `label_inference`, over batches). `floor`: the best of those who saw "
     "nothing, which are unrelated text, the commonest token everywhere, and a language model that is told all true "
     "tokens before each place; it is a floor of tokens, and says nothing about labels. Utility is measured with the "
-    "same defence switched on, so it is what that defence costs. The steps that the victim's rows are from are named: at "
-    "the first its head is the public one, later it has learned. Of few rows the intervals are too narrow."
+    "same defence switched on, so it is what that defence costs. The steps that the victim's rows are from are named: "
+    "at the first its head is the public one, later it has learned. Of few rows the intervals are too narrow."
 )
 EPSILON = (
     "ε: of one token row over all its releases in the run, at the run's δ (`docs/threat-model.md` says what that does "
