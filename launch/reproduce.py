@@ -74,13 +74,14 @@ def main(argv: list[str]) -> int:
 def quoted(results: Path) -> list[Path]:
     """The repository's page that quotes table 3 of the small preset, written again from its runs."""
     from hpc.reproduce.attack_rows import attacked_rows
-    from hpc.reproduce.measured_docs import PRESET, fill_in
+    from hpc.reproduce.measured_docs import PRESET, fill_in, texts_of
     from hpc.reproduce.render import runs_of
 
     if results.resolve() != ROOT / "results":
         return []
     preset = load_preset(PRESET, PRESETS)
-    path = fill_in(ROOT, attacked_rows(preset, runs_of(results, preset, say=lambda line: None)))
+    rows = attacked_rows(preset, runs_of(results, preset, say=lambda line: None))
+    path = fill_in(ROOT, texts_of(results, rows))
     return [path] if path else []
 
 

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from hpc.errors import ConfigError
+from hpc.errors import ConfigError, DataError
 from hpc.reproduce import render
 from hpc.reproduce.attack_plan import attack_jobs
 from hpc.reproduce.attack_rows import attacked_rows
 from hpc.reproduce.attacked import options_of
 from hpc.reproduce.every_cell import every_table, table_cells
+from hpc.reproduce.measured_docs import PAGE, PRESET, filled_in, texts_of
 from hpc.reproduce.plan import Job
-from hpc.reproduce.preset import Preset
-from tests.unit.preset_case import preset_of
+from hpc.reproduce.preset import Preset, load_preset
+from tests.unit.preset_case import ROOT, SHIPPED, preset_of
 from tests.unit.reproduce_case import put, raw_of
 
 ATTACKS: Mapping[str, Any] = {
@@ -212,3 +213,21 @@ def test_the_best_attack_is_what_leaks(tmp_path: Path) -> None:
     }
     written = render.render_preset(tmp_path, preset)
     assert {path.name for path in written} == {"table3-mine.md", "table3-mine.csv", "leakage-mine.png"}
+
+
+# --- what the documentation quotes
+
+
+def test_the_docs_quote_the_committed_runs() -> None:
+    page, preset = (ROOT / PAGE).read_text(encoding="utf-8"), load_preset(PRESET, SHIPPED)
+    rows = attacked_rows(preset, render.runs_of(ROOT / "results", preset))
+    texts = texts_of(ROOT / "results", rows)
+    assert set(texts) == {"table3", "fsha"}
+    assert filled_in(page, texts) == page
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    marked = "a\n<!-- measured: x -->\nold\n<!-- end of x -->\nb"
+    assert filled_in(marked, {"x": "new"}) == marked.replace("old", "new")
+    with pytest.raises(DataError, match="lacks the marks <!-- measured: y -->"):
+        filled_in(marked, {"y": "new"})
