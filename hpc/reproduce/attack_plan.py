@@ -9,7 +9,7 @@ from itertools import product
 from hpc.errors import ConfigError
 from hpc.reproduce.methods import Method
 from hpc.reproduce.plan import Cell, Job, job_of
-from hpc.reproduce.preset import Attacks, Preset
+from hpc.reproduce.preset import Attacks, Flags, Preset
 
 TABLE = "table3"
 ATTACKED = Method(
@@ -60,9 +60,11 @@ def variant_of(blocks: int, defence: str) -> str:
     return f"cut{blocks}-{defence}"
 
 
-def _tried(attacks: Attacks, defence: str) -> Sequence[str]:
-    undefended = next(iter(attacks.defences))
-    return list(attacks.methods) if defence == undefended else attacks.on_defended or list(attacks.methods)
+def _tried(attacks: Attacks, defence: str) -> dict[str, Flags]:
+    undefended = defence == next(iter(attacks.defences))
+    names = list(attacks.methods) if undefended else attacks.on_defended or list(attacks.methods)
+    more = {} if undefended else attacks.options_on_defended
+    return {name: {**attacks.options, **attacks.methods[name], **more} for name in names}
 
 
 def _job(preset: Preset, attacks: Attacks, task: str, blocks: int, defence: str, seed: int) -> Job:
@@ -79,5 +81,5 @@ def _job(preset: Preset, attacks: Attacks, task: str, blocks: int, defence: str,
         plain,
         variant=variant_of(blocks, defence),
         flags={**plain.flags, **recorded, **own},
-        attacks={name: {**attacks.options, **attacks.methods[name]} for name in _tried(attacks, defence)},
+        attacks=_tried(attacks, defence),
     )

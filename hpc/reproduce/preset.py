@@ -97,6 +97,8 @@ class Attacks:
     """Name → options, as `launch/attack.py` has them behind `--attack.`; `method` is the name if it is not given."""
     on_defended: tuple[str, ...] = ()
     """Those of `methods` that are tried on defended runs, too; none: all."""
+    options_on_defended: Flags = field(default_factory=dict)
+    """Over all others there."""
     options: Flags = field(default_factory=dict)
     """The same for all attacks."""
     batches: int = 0
@@ -229,6 +231,7 @@ def _attacks(content: object) -> Attacks:
         methods=_flags_of_each({"attacks.methods": given["methods"]}, "attacks.methods"),
         on_defended=sections.names(given["on_defended"], "attacks.on_defended") if "on_defended" in given else (),
         options=sections.flags(given.get("options"), "attacks.options"),
+        options_on_defended=sections.flags(given.get("options_on_defended"), "attacks.options_on_defended"),
         flags=sections.flags(given.get("flags"), "attacks.flags"),
         **{
             name: sections.at_least_one(given[name], f"attacks.{name}")

@@ -64,10 +64,13 @@ def test_noise_that_needs_a_norm_has_that_of_its_cut_unless_it_names_one(tmp_pat
 
 
 def test_fewer_attacks_on_defended_runs_where_the_preset_says_so(tmp_path: Path) -> None:
-    jobs = attack_jobs(attacking(tmp_path, on_defended=["nearest_embedding"]))
-    tried = {job.variant: list(job.attacks) for job in jobs}
-    assert tried["cut0-none"] == ["nearest_embedding", "causal_search"]
-    assert tried["cut1-gauss"] == ["nearest_embedding"]
+    changes = {"on_defended": ["nearest_embedding"], "options_on_defended": {"max_rows": 2}}
+    tried = {job.variant: job.attacks for job in attack_jobs(attacking(tmp_path, **changes))}
+    assert {name: each["max_rows"] for name, each in tried["cut0-none"].items()} == {
+        "nearest_embedding": 4,
+        "causal_search": 4,
+    }
+    assert tried["cut1-gauss"] == {"nearest_embedding": {"max_rows": 2}}
 
 
 def test_another_option_of_an_attack_makes_another_run(tmp_path: Path) -> None:
