@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from hpc.privacy.scores.table import Score, Scorer
 from hpc.privacy.seen import Rows, Sample
 
 
-def attack_runs(run_folder: Path, several: Sequence[AttackConfig]) -> list[AttackResult]:
+def attack_runs(run_folder: Path, several: Sequence[AttackConfig]) -> Iterator[AttackResult]:
     """Several attacks on one run, for which the public weights are loaded once; raises as `attack_run` does."""
     public = PublicModel.of(config_of(run_folder))
-    return [attack_run(run_folder, options, public) for options in several]
+    return (attack_run(run_folder, options, public) for options in several)
 
 
 def attack_run(run_folder: Path, options: AttackConfig, public: PublicModel | None = None) -> AttackResult:

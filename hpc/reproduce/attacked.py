@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +35,22 @@ def options_of(preset: str, job: Job) -> dict[str, AttackConfig]:
     return found
 
 
-def attacks_on(preset: str, job: Job, folder: Path) -> dict[str, Mapping[str, Any]]:
-    """Name in the preset → what came of that attack, from the run's recordings."""
+def attacks_on(
+    preset: str, job: Job, folder: Path, is_ended: Callable[[], bool] = lambda: False
+) -> dict[str, Mapping[str, Any]]:
+    """Name in the preset → what came of that attack, from the run's recordings.
+
+    Raises `KeyboardInterrupt` behind the attack during which `is_ended` became true.
+    """
     from hpc.privacy.attack_run import attack_runs
 
     options = options_of(preset, job)
-    results = attack_runs(folder, list(options.values()))
-    documents = [result.document() for result in results]
-    return {name: {key: found[key] for key in KEPT} for name, found in zip(options, documents, strict=True)}
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, result in zip(options, attack_runs(folder, list(options.values())), strict=True):
+        found[name] = {key: result.document()[key] for key in KEPT}
+        if is_ended():
+            raise KeyboardInterrupt(f"behind {name}")
+    return found
 
 
 def drop_recordings(folder: Path) -> None:

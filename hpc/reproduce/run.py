@@ -175,7 +175,9 @@ class Bench:
             content = raw.record(
                 job, preset.name, preset.scale, config, folder, command=command, seconds=seconds, data=data
             )
-            return content | ({"attacks": attacks_on(preset.name, job, folder)} if job.attacks else {})
+            return content | (
+                {"attacks": attacks_on(preset.name, job, folder, lambda: self._processes.ended)} if job.attacks else {}
+            )
         except DataError as error:
             raise RunFailed(f"{job.name} ended well, but {error} (its output: {_beside(folder, 'log')})") from None
 

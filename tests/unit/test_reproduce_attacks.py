@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hpc.errors import ConfigError, DataError
 from hpc.reproduce import render
 from hpc.reproduce.attack_plan import attack_jobs
 from hpc.reproduce.attack_rows import attacked_rows
-from hpc.reproduce.attacked import options_of
+from hpc.reproduce.attacked import KEPT, attacks_on, options_of
 from hpc.reproduce.every_cell import every_table, table_cells
 from hpc.reproduce.measured_docs import PAGE, PRESET, filled_in, texts_of
 from hpc.reproduce.plan import Job
@@ -131,6 +132,28 @@ def test_an_unknown_attack_or_option_is_refused(tmp_path: Path, methods: dict[st
     preset = attacking(tmp_path, methods=methods)
     with pytest.raises(ConfigError, match=message):
         options_of(preset.name, attack_jobs(preset)[0])
+
+
+def test_an_interrupt_ends_the_attacks_behind_the_one_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpc.privacy import attack_run
+
+    begun = []
+
+    def attacks(folder: Path, several: list[Any]) -> Any:
+        for options in several:
+            begun.append(options.method)
+            yield SimpleNamespace(document=lambda: dict.fromkeys(KEPT))
+
+    monkeypatch.setattr(attack_run, "attack_runs", attacks)
+    preset = attacking(tmp_path)
+    job = attack_jobs(preset)[0]
+    assert list(attacks_on(preset.name, job, tmp_path)) == begun == ["nearest_embedding", "causal_search"]
+    begun.clear()
+    with pytest.raises(KeyboardInterrupt):
+        attacks_on(preset.name, job, tmp_path, lambda: True)
+    assert begun == ["nearest_embedding"]
 
 
 # --- the page
