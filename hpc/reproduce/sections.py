@@ -44,6 +44,9 @@ def cuts(content: object, where: str) -> dict[int, float | None]:
     """Numbers of blocks → norms above 0, or none."""
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{where} must be a mapping from numbers of blocks to norms, not {content!r:.40}")
+    content = {
+        int(key) if str(key).isdecimal() else key: norm for key, norm in content.items()
+    }  # JSON's keys are texts
     for blocks, norm in content.items():
         if type(blocks) is not int or blocks < 0:
             raise ValueError(f"{where}: {blocks!r} is no number of blocks; give 0, 1, …")
