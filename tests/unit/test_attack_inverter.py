@@ -65,6 +65,7 @@ def test_activations_out_of_order_tell_nothing(victim: list[Sample], shadow: lis
     assert accuracy(mixed, shadow, options) < unigram_accuracy(shadow, victim) + 0.05
 
 
+@pytest.mark.long
 def test_an_output_layer_of_its_own_learns_too(victim: list[Sample], shadow: list[Sample]) -> None:
     options = replace(SMALL, architecture="transformer", output="own", negatives=0)
     assert accuracy(victim, shadow, options) > unigram_accuracy(shadow, victim) + 0.1

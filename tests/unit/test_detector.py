@@ -42,7 +42,12 @@ NOISY = {"clip_norm": 1.0, "noise_multiplier": 0.3, "gradient_clip_norm": 1e-3, 
 
 @pytest.mark.parametrize(
     ("schedule", "defences"),
-    [("serial", {}), ("client_batch", NOISY), ("pipelined", {}), ("replica", {"label_protection": "max_norm"})],
+    [
+        pytest.param("serial", {}, marks=pytest.mark.long),
+        ("client_batch", NOISY),
+        pytest.param("pipelined", {}, marks=pytest.mark.long),
+        ("replica", {"label_protection": "max_norm"}),
+    ],
 )
 def test_no_schedule_of_an_honest_run_raises_an_alarm(
     schedule: str,
