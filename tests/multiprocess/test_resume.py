@@ -46,7 +46,7 @@ def cut_after_3(folder: Path) -> None:
         ((), ("--trunk.ranks", "2", *zero(2))),
         pytest.param(("--trunk.ranks", "2"), (), marks=pytest.mark.long),
         pytest.param(("--train.schedule", "replica"), ("--trunk.ranks", "2"), marks=pytest.mark.long),
-        (("--train.schedule", "replica", "--trunk.ranks", "2"), ()),
+        pytest.param(("--train.schedule", "replica", "--trunk.ranks", "2"), (), marks=pytest.mark.long),
     ],
     ids=["Gloo to MPI", "one rank to two with ZeRO 2", "two ranks to one", "replicas 1 to 2", "replicas 2 to 1"],
 )

@@ -107,7 +107,7 @@ def wait_for_steps(folder: Path, client: int, steps: int, run: subprocess.Popen[
 @pytest.mark.parametrize(
     "schedule",
     [
-        ("--train.schedule", "pipelined"),
+        pytest.param(("--train.schedule", "pipelined"), marks=pytest.mark.long),  # tests/faults kills clients, too
         ("--train.schedule", "replica", "--train.secure_aggregation", "true", "--train.sync_every", "2"),
     ],
     ids=["pipelined", "replica under masks"],
