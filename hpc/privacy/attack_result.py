@@ -11,9 +11,7 @@ from typing import Any
 from hpc.config import Config
 from hpc.files import drafted
 from hpc.privacy.attack_config import AttackConfig
-from hpc.privacy.scores.interval import Interval
-from hpc.privacy.scores.table import Score
-from hpc.report.provenance import git_commit, machine, versions, without_folders
+from hpc.privacy.scores.interval import Interval, Score
 
 
 @dataclass(kw_only=True, frozen=True)

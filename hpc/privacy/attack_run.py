@@ -19,8 +19,7 @@ from hpc.privacy.attacks.public import PublicModel
 from hpc.privacy.attacks.registry import Found, Guesses, Material, Method, method_of
 from hpc.privacy.scores.facts import facts_of
 from hpc.privacy.scores.floors import commonest, lm_only, unigram, unrelated
-from hpc.privacy.scores.interval import Statistics, share
-from hpc.privacy.scores.table import Score, Scorer
+from hpc.privacy.scores.interval import Score, Statistics, share
 from hpc.privacy.seen import Rows, Sample
 
 

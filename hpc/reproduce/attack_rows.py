@@ -10,20 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpc.metrics.table import UNPARSED
-from hpc.privacy.scores.interval import Interval
+from hpc.privacy.scores.interval import Interval, Score
 from hpc.reproduce.attack_plan import attack_jobs, variant_of
 from hpc.reproduce.preset import Attacks, Preset
 from hpc.reproduce.rows import Runs
 
 TOKENS = "token_accuracy"
-
-
-@dataclass(kw_only=True, frozen=True)
-class Score:
-    """Of one attack; `floors`: of who saw nothing."""
-
-    attack: Interval
-    floors: Mapping[str, Interval]
 
 
 @dataclass(kw_only=True, frozen=True)

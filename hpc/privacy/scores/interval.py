@@ -5,7 +5,7 @@ Shape suffixes: R rows, K statistics of a row, N resamples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,15 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+@dataclass(kw_only=True, frozen=True)
+class Score:
+    """One score of an attack."""
+
+    attack: Interval
+    floors: Mapping[str, Interval]
+    """What those get who have seen nothing, by name (`hpc.privacy.scores.floors`)."""
 
 
 @dataclass(kw_only=True, frozen=True)

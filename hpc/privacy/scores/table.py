@@ -7,19 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpc.privacy.scores.interval import Interval, Statistics
+from hpc.privacy.scores.interval import Score, Statistics
 from hpc.privacy.scores.texts import bleu4_char, bleu4_word, fact_f1, rouge
 from hpc.privacy.scores.tokens import exact_rows, token_accuracy
 from hpc.privacy.seen import Rows
-
-
-@dataclass(kw_only=True, frozen=True)
-class Score:
-    """One score, in percent."""
-
-    attack: Interval
-    floors: dict[str, Interval]
-    """What those get who have seen nothing, by name (`hpc.privacy.scores.floors`)."""
 
 
 @dataclass(kw_only=True, frozen=True)
