@@ -12,6 +12,7 @@ from hpc.config import Config
 from hpc.files import drafted
 from hpc.privacy.attack_config import AttackConfig
 from hpc.privacy.scores.interval import Interval, Score
+from hpc.report.provenance import git_commit, machine, versions, without_folders
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -20,6 +20,7 @@ from hpc.privacy.attacks.registry import Found, Guesses, Material, Method, metho
 from hpc.privacy.scores.facts import facts_of
 from hpc.privacy.scores.floors import commonest, lm_only, unigram, unrelated
 from hpc.privacy.scores.interval import Score, Statistics, share
+from hpc.privacy.scores.table import Scorer
 from hpc.privacy.seen import Rows, Sample
 
 
